@@ -1,0 +1,1 @@
+"""ACTS. One file, one actor, one owner of one resource; they meet only through messages."""

@@ -1,0 +1,1 @@
+"""SPEAKS. HTTP in OpenAI's dialect; the only room that imports aiohttp."""

@@ -1,0 +1,134 @@
+"""How an engine is set up: one frozen struct, checked when it is made."""
+
+from __future__ import annotations
+
+import re
+from typing import Literal
+
+import msgspec
+
+from pie_async.errors import ConfigError
+
+KIB, MIB, GIB, TIB = 2**10, 2**20, 2**30, 2**40
+
+DeviceName = Literal["cpu", "sim"]
+DtypeName = Literal["auto", "float32", "float16", "bfloat16"]
+
+BUILTIN_MODEL = "builtin"
+"""The small model shipped with the package."""
+
+
+class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Everything an `Engine` can be told. Field names are the flags' names.
+
+    Raises:
+        ConfigError: on construction, naming the field (`option`) and what is possible.
+    """
+
+    model: str = BUILTIN_MODEL
+    """A local Hugging Face directory, a hub id, or "builtin"."""
+    device: DeviceName = "cpu"
+    dtype: DtypeName = "auto"
+    """What the model computes in; "auto" is float32 on the CPU."""
+    device_kv_bytes: int = 256 * MIB
+    """The device arena: KV that is resident."""
+    host_pool_bytes: int = 1 * GIB
+    """Ceiling of the host pool; 0 switches pooling off (preemption recomputes)."""
+    block_tokens: int = 16
+    max_model_len: int | None = None
+    """Longest prompt plus output; None: what the model and the memory can hold."""
+    max_running_sequences: int = 64
+    token_budget: int = 512
+    """Most tokens one iteration processes; longer prompts are prefilled in chunks."""
+    iterations_in_flight: int = 2
+    """Iterations issued before the first one's tokens are back: 1 or 2."""
+    layer_group: int = 1
+    ring_depth: int = 3
+    link_bytes_per_s: float | None = None
+    """CPU device: rate of the link between host pool and arena; None: as fast as it goes."""
+    streamed_blocks: int | None = None
+    """Fix the number of blocks that may be streamed; None lets the governor decide."""
+    max_queued_requests: int = 4096
+    cpu_threads: int | None = None
+    """CPU device: threads per torch operation; None: as torch chooses."""
+    debug: bool = False
+    """Poison staging buffers, check invariants at every iteration."""
+    seed: int = 0
+    """Where seeds of requests without one are drawn from."""
+    sim_gpu: str = "h200"
+    """Simulated device: the GPU whose cost model runs."""
+    sim_link: str = "pcie5"
+    """Simulated device: the link to the pool."""
+
+    def __post_init__(self) -> None:
+        for name in (
+            "device_kv_bytes",
+            "block_tokens",
+            "max_running_sequences",
+            "token_budget",
+            "layer_group",
+            "max_queued_requests",
+        ):
+            _at_least(name, getattr(self, name), 1)
+        _at_least("host_pool_bytes", self.host_pool_bytes, 0)
+        _at_least("ring_depth", self.ring_depth, 2)
+        if self.max_model_len is not None:
+            _at_least("max_model_len", self.max_model_len, 1)
+        if self.cpu_threads is not None:
+            _at_least("cpu_threads", self.cpu_threads, 1)
+        if self.streamed_blocks is not None:
+            _at_least("streamed_blocks", self.streamed_blocks, 0)
+        if self.iterations_in_flight not in (1, 2):
+            raise ConfigError(
+                f"iterations_in_flight must be 1 or 2, not {self.iterations_in_flight}",
+                option="iterations_in_flight",
+            )
+        if self.link_bytes_per_s is not None and not self.link_bytes_per_s > 0:
+            raise ConfigError(
+                f"link_bytes_per_s must be above 0, not {self.link_bytes_per_s}; "
+                "leave it out for no limit",
+                option="link_bytes_per_s",
+            )
+
+
+def _at_least(name: str, value: int, least: int) -> None:
+    if value < least:
+        raise ConfigError(f"{name} must be at least {least}, not {value}", option=name)
+
+
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]i?)?B?\s*", re.IGNORECASE)
+_UNITS = {
+    "": 1,
+    "k": 1000,
+    "m": 1000**2,
+    "g": 1000**3,
+    "t": 1000**4,
+    "ki": KIB,
+    "mi": MIB,
+    "gi": GIB,
+    "ti": TIB,
+}
+
+
+def parse_size(text: str, *, option: str) -> int:
+    """Bytes from "64MiB", "1.5 GiB", "500MB" or a plain number.
+
+    Raises:
+        ConfigError: not a size; names the option.
+    """
+    match = _SIZE.fullmatch(text)
+    if match is None:
+        raise ConfigError(
+            f"{option} is not a size: {text!r}; write for example 64MiB, 1.5GiB or 500MB",
+            option=option,
+        )
+    number, unit = match.groups()
+    return int(float(number) * _UNITS[(unit or "").lower()])
+
+
+def format_size(num_bytes: float) -> str:
+    """Bytes for people: "64.0 MiB"."""
+    for unit, size in (("TiB", TIB), ("GiB", GIB), ("MiB", MIB), ("KiB", KIB)):
+        if abs(num_bytes) >= size:
+            return f"{num_bytes / size:.1f} {unit}"
+    return f"{num_bytes:.0f} B"

@@ -1,0 +1,1 @@
+"""DECIDES. Pure: no asyncio, clock, randomness or torch. State in, decision out."""

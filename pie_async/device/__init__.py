@@ -1,0 +1,1 @@
+"""What an actor may know of a GPU (`protocol`), and two devices that need none (`cpu`, `sim`)."""

@@ -1,0 +1,172 @@
+"""The little that actors and the launcher know of a device.
+
+A device has three streams (compute, h2d, d2h). A stream does its work in the order in which
+it was issued; streams are ordered against each other by events alone. As on CUDA, an event
+must be recorded before a wait on it is issued. `device/launcher.py` turns the actors'
+commands into these calls, the same way for every device.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import msgspec
+
+from pie_async.core.layout import KvLayout
+from pie_async.messages import (
+    BlockMove,
+    CopyRun,
+    PromptLogprobs,
+    RunIteration,
+    SampledToken,
+    StageIteration,
+)
+
+
+class MemoryPlan(msgspec.Struct, frozen=True, kw_only=True):
+    """What the device set aside for KV."""
+
+    layout: KvLayout
+    device_slots: int
+    """Resident slots. Slot numbers 0 .. device_slots - 1."""
+    first_staging_slot: int
+    """Number of the first staging slot; at or above `device_slots` (pages need alignment)."""
+    staging_slots: int
+    """Most blocks that one iteration may stage."""
+    host_slots: int
+    """Slots of the host pool."""
+
+
+class Span(msgspec.Struct, frozen=True):
+    """What a stream did between two of its events."""
+
+    busy_s: float
+    """Time spent working."""
+    waited_s: float
+    """Time spent waiting for events of other streams."""
+
+
+class Event(Protocol):
+    """A point in a stream's order; it fires when everything issued before it is done."""
+
+
+class Pass(Protocol):
+    """One iteration's forward pass on its way through the layers."""
+
+    @property
+    def sampled(self) -> tuple[SampledToken, ...]:
+        """The sampled tokens; readable once an event recorded after `sample` has fired."""
+
+    @property
+    def prompt_logprobs(self) -> tuple[PromptLogprobs, ...]:
+        """Readable when `sampled` is."""
+
+
+class Stream(Protocol):
+    """An ordered queue of device work."""
+
+    def record(self) -> Event:
+        """An event that fires when all work issued so far is done."""
+
+    def wait(self, event: Event) -> None:
+        """Work issued from now on starts only after `event`, which is already recorded."""
+
+
+class Device(Protocol):
+    """A device that runs a model over paged KV and copies blocks beside it.
+
+    `begin_pass` to `sample` work on the compute stream, `stage_layer` and `promote` on h2d,
+    `demote` on d2h. All of them return as soon as the work is issued, and are called on the
+    launch thread only. Failures of issued work surface at the events recorded after it.
+    """
+
+    @property
+    def memory(self) -> MemoryPlan: ...
+    @property
+    def compute(self) -> Stream: ...
+    @property
+    def h2d(self) -> Stream: ...
+    @property
+    def d2h(self) -> Stream: ...
+
+    def start(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Start threads; completions will be announced on `loop`."""
+
+    def launch(self, issue: Callable[[], None]) -> None:
+        """Run `issue` on the launch thread, in the order of the calls. Called on the loop."""
+
+    def begin_pass(self, command: RunIteration) -> Pass:
+        """Apply bindings and block tables, embed the fed tokens."""
+
+    def stage_layer(self, layer: int, runs: Sequence[CopyRun]) -> None:
+        """Copy one layer of these host slots into the layer's ring buffer."""
+
+    def run_layers(self, forward: Pass, layers: range, *, is_staged: bool) -> None:
+        """Run these layers: write the fed tokens' KV, attend over the block tables' slots."""
+
+    def sample(self, forward: Pass) -> None:
+        """Sample every row that asks for it and bring the tokens to the host."""
+
+    def promote(self, moves: Sequence[BlockMove]) -> None:
+        """Copy all layers of these blocks from host to device slots."""
+
+    def demote(self, moves: Sequence[BlockMove]) -> None:
+        """Copy all layers of these blocks from device to host slots."""
+
+    def notify(self, event: Event, callback: Callable[[BaseException | None], None]) -> None:
+        """Call back on the event loop, once, when the event fired or can no longer fire."""
+
+    def span(self, first: Event, last: Event) -> Span:
+        """What happened between two fired events of one stream."""
+
+    async def drain(self) -> None:
+        """Return when all issued work is done. Never raises."""
+
+    def close(self) -> None:
+        """End the threads and free the memory. The device is drained."""
+
+
+# --- what each actor sees -------------------------------------------------------------------
+
+
+class PassResult(msgspec.Struct, frozen=True, kw_only=True):
+    """A finished iteration."""
+
+    sampled: tuple[SampledToken, ...]
+    prompt_logprobs: tuple[PromptLogprobs, ...]
+    compute_s: float
+    stall_s: float
+
+
+class CopyResult(msgspec.Struct, frozen=True, kw_only=True):
+    """Finished copies."""
+
+    copied_bytes: int
+    busy_s: float
+
+
+class ComputeQueue(Protocol):
+    """The compute actor's view of the device."""
+
+    def run(self, command: RunIteration) -> asyncio.Future[PassResult]:
+        """Issue an iteration; with `is_staged`, together with its staging half.
+
+        The future raises DeviceFault. Cancelling it cancels the wait, never the work.
+        """
+
+
+class SwapInQueue(Protocol):
+    """The swap-in actor's view of the device."""
+
+    def stage(self, command: StageIteration) -> asyncio.Future[CopyResult]:
+        """Give the staging half of an iteration; it is issued together with the other half."""
+
+    def promote(self, moves: Sequence[BlockMove]) -> asyncio.Future[CopyResult]: ...
+
+
+class SwapOutQueue(Protocol):
+    """The swap-out actor's view of the device."""
+
+    def demote(self, moves: Sequence[BlockMove]) -> asyncio.Future[CopyResult]: ...

@@ -1,0 +1,321 @@
+"""Everything that crosses an actor boundary, and one union per mailbox.
+
+Messages are frozen plain data: identities, counts, slots, seconds. Tensors, events and
+exceptions stay with the actor that owns them, so any message can be logged, replayed,
+compared with == and, later, sent to another process (`encode` / `decode`).
+Commands are imperative, facts are past tense.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import msgspec
+
+from pie_async.ids import BlockId, DeviceSlot, HostSlot, IterationId, Lane, RequestId, SequenceId
+from pie_async.outputs import FinishReason
+from pie_async.sampling_params import SamplingParams
+
+
+class Message(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Base of everything that crosses an actor boundary."""
+
+
+# --- parts of messages: small, many per message, therefore encoded as arrays -------------
+
+
+class Row(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """One sequence's part of an iteration."""
+
+    sequence: SequenceId
+    lane: Lane
+    start: int
+    """Position of the first token fed; the KV of all positions before it is written."""
+    tokens: tuple[int, ...]
+    """Token ids to feed. Empty: one token, the one this lane sampled last, which never
+    left the device."""
+    is_sampled: bool
+    """Whether a next token is sampled after the last one fed."""
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.tokens) or 1
+
+
+class TableUpdate(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """New entries of one lane's block table, ordered on the compute stream."""
+
+    lane: Lane
+    first: int
+    """Index of the first entry that changes."""
+    slots: tuple[DeviceSlot, ...]
+    """Resident or staging slots, in block order."""
+
+
+class LaneBinding(msgspec.Struct, frozen=True, kw_only=True):
+    """A sequence takes over a lane: what its sampling needs to know."""
+
+    lane: Lane
+    sequence: SequenceId
+    sampling: SamplingParams
+    seed: int
+    """This sequence's own seed, already drawn and distinct among a request's sequences."""
+    stop_ids: tuple[int, ...]
+    """Token ids masked until `sampling.min_tokens` output tokens exist."""
+    prompt_len: int
+    """Prompt tokens; a token at position p is output number p - prompt_len."""
+    history: tuple[int, ...] = ()
+    """Prompt and output tokens so far, given only if `sampling.counts_tokens`."""
+
+
+class CopyRun(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """`count` adjacent host slots that go to `count` adjacent staging slots."""
+
+    host_slot: HostSlot
+    device_slot: DeviceSlot
+    count: int
+
+
+class BlockMove(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """One block, all layers, between its device slot and its host slot."""
+
+    block: BlockId
+    device_slot: DeviceSlot
+    host_slot: HostSlot
+
+
+class SampledToken(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """The token a row sampled."""
+
+    sequence: SequenceId
+    token: int
+    logprob: float = 0.0
+    """Natural logarithm, of the raw distribution; meaningful only if logprobs were asked for."""
+    rank: int = 0
+    """1 for the likeliest token; 0 when logprobs were not asked for."""
+    top: tuple[tuple[int, float], ...] = ()
+    """The likeliest (token id, logprob) pairs, likeliest first."""
+
+
+class PromptLogprobs(msgspec.Struct, frozen=True, array_like=True):
+    """Logprobs of the prompt tokens at positions `first`, `first + 1`, ... of a sequence."""
+
+    sequence: SequenceId
+    first: int
+    tokens: tuple[SampledToken, ...]
+
+
+class Advance(msgspec.Struct, frozen=True, array_like=True):
+    """A sequence got its next token, or ended."""
+
+    sequence: SequenceId
+    token: SampledToken | None
+    finish_reason: FinishReason | None = None
+    stop_token: int | None = None
+    """The stop token id that ended it, unless that was the model's own end-of-sequence."""
+
+
+# --- to the scheduler ---------------------------------------------------------------------
+
+
+class Submit(Message, frozen=True, kw_only=True):
+    """Command: run these sequences, which share one prompt."""
+
+    request: RequestId
+    sequences: tuple[SequenceId, ...]
+    prompt_tokens: tuple[int, ...]
+    sampling: SamplingParams
+    seed: int
+    """The request's seed, already drawn; sequence i uses seed + i."""
+    max_tokens: int
+    """Most output tokens, already cut to the context's length."""
+    priority: int = 0
+    """Lower runs first; equal priorities run first come, first served."""
+
+
+class Cancel(Message, frozen=True, kw_only=True):
+    """Command: end these sequences now and take their memory back. Unknown ones are ignored."""
+
+    sequences: tuple[SequenceId, ...]
+
+
+class Drain(Message, frozen=True, kw_only=True):
+    """Command: accept nothing more, finish what is accepted, then say so."""
+
+
+class IterationRan(Message, frozen=True, kw_only=True):
+    """Fact: the device finished an iteration."""
+
+    iteration: IterationId
+    sampled: tuple[SampledToken, ...]
+    prompt_logprobs: tuple[PromptLogprobs, ...] = ()
+    compute_s: float
+    """Time the compute stream worked."""
+    stall_s: float
+    """Time the compute stream waited for staged blocks."""
+
+
+class IterationStaged(Message, frozen=True, kw_only=True):
+    """Fact: all staging copies of an iteration finished."""
+
+    iteration: IterationId
+    staged_bytes: int
+    busy_s: float
+    """Time the copy stream was copying (not waiting for a free ring buffer)."""
+
+
+class SwappedIn(Message, frozen=True, kw_only=True):
+    """Fact: these pooled blocks are in their device slots; their pooled copies stay valid."""
+
+    blocks: tuple[BlockId, ...]
+    swapped_bytes: int
+    busy_s: float
+
+
+class SwappedOut(Message, frozen=True, kw_only=True):
+    """Fact: these blocks' pooled copies are complete."""
+
+    blocks: tuple[BlockId, ...]
+    swapped_bytes: int
+    busy_s: float
+
+
+class SetStreamedLimit(Message, frozen=True, kw_only=True):
+    """Command: at most this many blocks may be streamed; why, for the log."""
+
+    limit_blocks: int
+    reason: str
+
+
+SchedulerMail = (
+    Submit
+    | Cancel
+    | Drain
+    | IterationRan
+    | IterationStaged
+    | SwappedIn
+    | SwappedOut
+    | SetStreamedLimit
+)
+
+# --- to compute ---------------------------------------------------------------------------
+
+
+class RunIteration(Message, frozen=True, kw_only=True):
+    """Command: one forward pass of these rows, and their sampling."""
+
+    iteration: IterationId
+    rows: tuple[Row, ...]
+    bindings: tuple[LaneBinding, ...] = ()
+    tables: tuple[TableUpdate, ...] = ()
+    is_staged: bool = False
+    """Whether a StageIteration of the same number belongs to it."""
+
+
+ComputeMail = RunIteration
+
+# --- to swap-in ---------------------------------------------------------------------------
+
+
+class StageIteration(Message, frozen=True, kw_only=True):
+    """Command: for every layer, copy these runs through the staging ring ahead of compute."""
+
+    iteration: IterationId
+    runs: tuple[CopyRun, ...]
+
+
+class SwapIn(Message, frozen=True, kw_only=True):
+    """Command: copy these pooled blocks to their device slots, to stay (a promotion)."""
+
+    moves: tuple[BlockMove, ...]
+
+
+SwapInMail = StageIteration | SwapIn
+
+# --- to swap-out --------------------------------------------------------------------------
+
+
+class SwapOut(Message, frozen=True, kw_only=True):
+    """Command: copy these resident blocks to their host slots (a demotion)."""
+
+    moves: tuple[BlockMove, ...]
+
+
+SwapOutMail = SwapOut
+
+# --- to the expansion governor ------------------------------------------------------------
+
+
+class IterationObserved(Message, frozen=True, kw_only=True):
+    """Fact: what an iteration cost, and how much KV is wanted."""
+
+    iteration: IterationId
+    compute_s: float
+    stall_s: float
+    staged_bytes: int
+    staging_busy_s: float
+    decode_rows: int
+    prefill_tokens: int
+    streamed_blocks: int
+    wanted_blocks: int
+    """Blocks that would have to be streamed for everything submitted to run at once."""
+    itl_s: float = 0.0
+    """Time since the previous iteration ended, if both belong to one busy spell."""
+
+
+GovernorMail = IterationObserved
+
+# --- to delivery --------------------------------------------------------------------------
+
+
+class SequencesAdvanced(Message, frozen=True, kw_only=True):
+    """Fact: what an iteration, a cancellation or a refusal did to these sequences."""
+
+    iteration: IterationId
+    advances: tuple[Advance, ...]
+    prompt_logprobs: tuple[PromptLogprobs, ...] = ()
+
+
+class Drained(Message, frozen=True, kw_only=True):
+    """Fact: nothing accepted is left unfinished, and nothing more is accepted."""
+
+
+DeliveryMail = SequencesAdvanced | Drained
+
+AnyMessage = (
+    Submit
+    | Cancel
+    | Drain
+    | IterationRan
+    | IterationStaged
+    | SwappedIn
+    | SwappedOut
+    | SetStreamedLimit
+    | RunIteration
+    | StageIteration
+    | SwapIn
+    | SwapOut
+    | IterationObserved
+    | SequencesAdvanced
+    | Drained
+)
+
+Direction = Literal["h2d", "d2h"]
+
+_encoder = msgspec.msgpack.Encoder()
+_decoder: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(AnyMessage)
+
+
+def encode(message: Message) -> bytes:
+    """One message as msgpack, tagged with its name."""
+    return _encoder.encode(message)
+
+
+def decode(frame: bytes) -> AnyMessage:
+    """The message that `encode` wrote.
+
+    Raises:
+        msgspec.DecodeError: not one of the messages of this module.
+    """
+    message: AnyMessage = _decoder.decode(frame)
+    return message

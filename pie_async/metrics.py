@@ -1,0 +1,63 @@
+"""What is counted while an engine runs, and the snapshot that callers get."""
+
+from __future__ import annotations
+
+import msgspec
+
+
+class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
+    """A snapshot of an engine. Blocks are counted over all layers; times are seconds."""
+
+    # sequences
+    running: int = 0
+    waiting: int = 0
+    parked: int = 0
+    """Preempted sequences whose KV waits in the host pool."""
+
+    # memory, in blocks of `block_bytes`
+    block_bytes: int = 0
+    block_tokens: int = 0
+    device_blocks: int = 0
+    """Resident slots in all."""
+    host_blocks: int = 0
+    """Host pool slots in all (its ceiling)."""
+    resident_blocks: int = 0
+    """Device slots in use."""
+    streamed_blocks: int = 0
+    parked_blocks: int = 0
+    cached_blocks: int = 0
+    pooled_blocks: int = 0
+    """Host pool slots in use, clean copies of resident blocks included."""
+    streamed_limit_blocks: int = 0
+    """What the expansion governor allows to be streamed."""
+    expansion_ratio: float = 1.0
+    """(device blocks + streamed blocks) / device blocks."""
+    governor_reason: str = ""
+    """Why the limit is what it is."""
+
+    # totals since the start
+    uptime_s: float = 0.0
+    iterations: int = 0
+    prompt_tokens: int = 0
+    output_tokens: int = 0
+    requests_finished: int = 0
+    requests_cancelled: int = 0
+    preemptions_parked: int = 0
+    preemptions_recomputed: int = 0
+    demotions: int = 0
+    """Blocks copied to the pool."""
+    promotions: int = 0
+    """Blocks copied back to stay."""
+    compute_s: float = 0.0
+    stall_s: float = 0.0
+    """Compute waiting for staged blocks."""
+    h2d_bytes: int = 0
+    d2h_bytes: int = 0
+    h2d_busy_s: float = 0.0
+    d2h_busy_s: float = 0.0
+
+    @property
+    def stall_share(self) -> float:
+        """Part of the compute stream's time spent waiting for swaps, 0..1."""
+        total_s = self.compute_s + self.stall_s
+        return self.stall_s / total_s if total_s else 0.0

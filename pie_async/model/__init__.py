@@ -1,0 +1,1 @@
+"""COMPUTES. torch modules, weights, tokenizers; knows nothing of actors or swapping."""

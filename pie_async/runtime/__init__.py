@@ -1,0 +1,1 @@
+"""WAITS. asyncio only; knows neither LLMs nor GPUs."""
