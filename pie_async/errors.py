@@ -1,7 +1,7 @@
 """Everything that pie_async raises on purpose: one tree, named for what happened.
 
 Each message is a sentence for the person who can act on it, and ends with what to change.
-HTTP status codes live in `api/`, which maps these classes to them.
+HTTP status codes live in `openai/errors.py`, which maps these classes to them.
 """
 
 from __future__ import annotations

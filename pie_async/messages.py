@@ -113,6 +113,8 @@ class Advance(msgspec.Struct, frozen=True, array_like=True):
     finish_reason: FinishReason | None = None
     stop_token: int | None = None
     """The stop token id that ended it, unless that was the model's own end-of-sequence."""
+    cached_tokens: int = 0
+    """With the first token: prompt tokens whose KV was found instead of computed."""
 
 
 # --- to the scheduler ---------------------------------------------------------------------
@@ -137,6 +139,8 @@ class Cancel(Message, frozen=True, kw_only=True):
     """Command: end these sequences now and take their memory back. Unknown ones are ignored."""
 
     sequences: tuple[SequenceId, ...]
+    reason: FinishReason = "cancelled"
+    """"stop" when their text reached a stop string."""
 
 
 class Drain(Message, frozen=True, kw_only=True):

@@ -39,9 +39,13 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     uptime_s: float = 0.0
     iterations: int = 0
     prompt_tokens: int = 0
+    """Prompt tokens computed."""
+    cached_tokens: int = 0
+    """Prompt tokens whose KV was shared instead of computed."""
     output_tokens: int = 0
-    requests_finished: int = 0
-    requests_cancelled: int = 0
+    sequences_finished: int = 0
+    """Ended for any reason, cancelled ones included."""
+    sequences_cancelled: int = 0
     preemptions_parked: int = 0
     preemptions_recomputed: int = 0
     demotions: int = 0

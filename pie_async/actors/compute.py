@@ -1,0 +1,41 @@
+"""Owns the compute stream: runs iterations in order and reports what they cost."""
+
+from __future__ import annotations
+
+import asyncio
+
+from pie_async.device.protocol import ComputeQueue, PassResult
+from pie_async.ids import IterationId
+from pie_async.messages import ComputeMail, IterationRan, SchedulerMail
+from pie_async.runtime.actor import Actor, Observer
+from pie_async.runtime.mailbox import Mailbox
+
+
+class ComputeActor(Actor[ComputeMail]):
+    """Turns iterations into launches. A device fault ends it, and with it the engine."""
+
+    def __init__(
+        self,
+        queue: ComputeQueue,
+        scheduler: Mailbox[SchedulerMail],
+        *,
+        observer: Observer | None = None,
+    ) -> None:
+        super().__init__("compute", capacity=8, observer=observer)
+        self._queue = queue
+        self._scheduler = scheduler
+
+    def handle(self, mail: ComputeMail) -> None:
+        self.follow_up("announce", self._announce(mail.iteration, self._queue.run(mail)))
+
+    async def _announce(self, iteration: IterationId, ran: asyncio.Future[PassResult]) -> None:
+        result = await asyncio.shield(ran)
+        self._scheduler.post(
+            IterationRan(
+                iteration=iteration,
+                sampled=result.sampled,
+                prompt_logprobs=result.prompt_logprobs,
+                compute_s=result.compute_s,
+                stall_s=result.stall_s,
+            )
+        )

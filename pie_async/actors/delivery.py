@@ -1,0 +1,77 @@
+"""Owns the request streams: hands what happened to sequences to the requests' readers."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import assert_never
+
+from pie_async.errors import PieError
+from pie_async.ids import SequenceId
+from pie_async.messages import (
+    Cancel,
+    DeliveryMail,
+    Drained,
+    SchedulerMail,
+    SequencesAdvanced,
+)
+from pie_async.request_stream import RequestStream
+from pie_async.runtime.actor import Actor, Observer
+from pie_async.runtime.mailbox import Mailbox
+
+
+class DeliveryActor(Actor[DeliveryMail]):
+    """Turns tokens into text, ends sequences whose text reached a stop string."""
+
+    def __init__(
+        self,
+        scheduler: Mailbox[SchedulerMail],
+        *,
+        on_finished: Callable[[RequestStream], None],
+        observer: Observer | None = None,
+    ) -> None:
+        super().__init__("delivery", capacity=1024, observer=observer)
+        self._scheduler = scheduler
+        self._on_finished = on_finished
+        self._streams: dict[SequenceId, RequestStream] = {}
+        self.drained = asyncio.Event()
+
+    def open(self, stream: RequestStream) -> None:
+        """Facts about the stream's sequences go to it from now on."""
+        for seq in stream.sequences:
+            self._streams[seq] = stream
+
+    def fail_all(self, error: PieError) -> None:
+        """The engine ended: so does every open stream."""
+        for stream in set(self._streams.values()):
+            stream.fail(error)
+            self._on_finished(stream)
+        self._streams.clear()
+        self.drained.set()
+
+    def handle(self, mail: DeliveryMail) -> None:
+        match mail:
+            case SequencesAdvanced():
+                self._deliver(mail)
+            case Drained():
+                self.drained.set()
+            case _:
+                assert_never(mail)
+
+    def _deliver(self, mail: SequencesAdvanced) -> None:
+        for entry in mail.prompt_logprobs:
+            if entry.sequence in self._streams:
+                self._streams[entry.sequence].push_prompt(entry)
+        stopped = []
+        for advance in mail.advances:
+            stream = self._streams.get(advance.sequence)
+            if stream is None:
+                continue  # it reached a stop string while its next token was under way
+            if stream.push(advance):
+                stopped.append(advance.sequence)
+            if advance.finish_reason is not None or stopped[-1:] == [advance.sequence]:
+                del self._streams[advance.sequence]
+                if stream.is_finished:
+                    self._on_finished(stream)
+        if stopped:
+            self._scheduler.post(Cancel(sequences=tuple(stopped), reason="stop"))

@@ -1,0 +1,258 @@
+"""Owns sequences and block tables: plans iterations, settles their results."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import assert_never
+
+import msgspec
+
+from pie_async.core import invariants
+from pie_async.core.batching import IterationPlan, plan_iteration
+from pie_async.core.schedule import Launched, Schedule
+from pie_async.ids import IterationId
+from pie_async.messages import (
+    Advance,
+    Cancel,
+    ComputeMail,
+    DeliveryMail,
+    Drain,
+    Drained,
+    GovernorMail,
+    IterationObserved,
+    IterationRan,
+    IterationStaged,
+    PromptLogprobs,
+    RunIteration,
+    SchedulerMail,
+    SequencesAdvanced,
+    SetStreamedLimit,
+    StageIteration,
+    Submit,
+    SwapIn,
+    SwapInMail,
+    SwapOut,
+    SwapOutMail,
+    SwappedIn,
+    SwappedOut,
+)
+from pie_async.metrics import EngineStats
+from pie_async.runtime.actor import Actor, Observer
+from pie_async.runtime.mailbox import Mailbox
+
+
+NO_ITERATION = IterationId(0)
+"""Set in facts that no iteration caused."""
+
+
+class Neighbours(msgspec.Struct, frozen=True, kw_only=True):
+    """The mailboxes that the scheduler writes to."""
+
+    compute: Mailbox[ComputeMail]
+    swap_in: Mailbox[SwapInMail]
+    swap_out: Mailbox[SwapOutMail]
+    delivery: Mailbox[DeliveryMail]
+    governor: Mailbox[GovernorMail] | None
+    """None: the streamed limit is fixed."""
+
+
+class SchedulerActor(Actor[SchedulerMail]):
+    """Keeps up to `iterations_in_flight` iterations issued while there is work.
+
+    After every message: update the schedule, and once the mailbox is empty, plan. All
+    decisions are `core`'s; this class carries them to the neighbours.
+    """
+
+    def __init__(
+        self,
+        schedule: Schedule,
+        *,
+        iterations_in_flight: int,
+        mailbox_capacity: int = 1024,
+        checks_invariants: bool = False,
+        observer: Observer | None = None,
+    ) -> None:
+        super().__init__("scheduler", capacity=mailbox_capacity, observer=observer)
+        self._schedule = schedule
+        self._depth = iterations_in_flight
+        self._checks_invariants = checks_invariants
+        self._neighbours: Neighbours | None = None
+        self._next_iteration = 1
+        self._is_draining = False
+        self._awaiting_staging: dict[IterationId, tuple[Launched, IterationRan]] = {}
+        self._staged: dict[IterationId, IterationStaged] = {}
+        self._totals = EngineStats()
+
+    def connect(self, neighbours: Neighbours) -> None:
+        """Say where decisions go; before `run`."""
+        self._neighbours = neighbours
+
+    def handle(self, mail: SchedulerMail) -> None:
+        self._take_in(mail)
+        if self._checks_invariants:
+            invariants.check(self._schedule)
+        if not len(self.mailbox):  # let everything that has arrived take part in one plan
+            self._plan()
+
+    def _take_in(self, mail: SchedulerMail) -> None:
+        schedule = self._schedule
+        match mail:
+            case Submit():
+                schedule.submit(mail)
+            case Cancel():
+                self._tell(schedule.cancel(mail.sequences, mail.reason), NO_ITERATION)
+            case IterationRan():
+                self._settle(mail)
+            case IterationStaged():
+                self._count_staged(mail)
+            case SwappedOut():
+                schedule.swapped_out(mail.blocks)
+                self._add(d2h_bytes=mail.swapped_bytes, d2h_busy_s=mail.busy_s)
+            case SwappedIn():
+                schedule.swapped_in(mail.blocks)
+                self._add(h2d_bytes=mail.swapped_bytes, h2d_busy_s=mail.busy_s)
+            case SetStreamedLimit():
+                schedule.streamed_limit = mail.limit_blocks
+                self._totals = msgspec.structs.replace(self._totals, governor_reason=mail.reason)
+            case Drain():
+                self._is_draining = True
+            case _:
+                assert_never(mail)
+
+    # --- planning ---------------------------------------------------------------------------
+
+    def _plan(self) -> None:
+        schedule = self._schedule
+        while len(schedule.in_flight) < self._depth and not schedule.is_idle:
+            plan = plan_iteration(schedule, IterationId(self._next_iteration))
+            if self._checks_invariants:
+                invariants.check(schedule)
+            self._send(plan)
+            if not plan.rows:
+                break
+            self._next_iteration += 1
+        if self._is_draining and schedule.is_idle and self._is_settled:
+            self._is_draining = False
+            self._to.delivery.post(Drained())
+
+    @property
+    def _is_settled(self) -> bool:
+        """Nothing that was issued is still to be heard of."""
+        schedule = self._schedule
+        return not (schedule.in_flight or schedule.has_moves or self._awaiting_staging)
+
+    def _send(self, plan: IterationPlan) -> None:
+        to = self._to
+        if plan.swap_out:
+            to.swap_out.post(SwapOut(moves=tuple(plan.swap_out)))
+        if plan.rows:
+            if plan.runs:
+                to.swap_in.post(StageIteration(iteration=plan.iteration, runs=tuple(plan.runs)))
+            to.compute.post(
+                RunIteration(
+                    iteration=plan.iteration,
+                    rows=tuple(plan.rows),
+                    bindings=tuple(plan.bindings),
+                    tables=tuple(plan.tables),
+                    is_staged=bool(plan.runs),
+                )
+            )
+        if plan.swap_in:
+            to.swap_in.post(SwapIn(moves=tuple(plan.swap_in)))
+
+    @property
+    def _to(self) -> Neighbours:
+        assert self._neighbours is not None, "connect() comes before run()"
+        return self._neighbours
+
+    # --- settling ---------------------------------------------------------------------------
+
+    def _settle(self, ran: IterationRan) -> None:
+        launched, advances = self._schedule.settle(ran.iteration, ran.sampled)
+        self._tell(advances, ran.iteration, ran.prompt_logprobs)
+        self._add(iterations=1, compute_s=ran.compute_s, stall_s=ran.stall_s)
+        if launched.is_staged and ran.iteration not in self._staged:
+            self._awaiting_staging[ran.iteration] = (launched, ran)
+        else:
+            self._observe(launched, ran, self._staged.pop(ran.iteration, None))
+
+    def _count_staged(self, staged: IterationStaged) -> None:
+        self._add(h2d_bytes=staged.staged_bytes, h2d_busy_s=staged.busy_s)
+        if staged.iteration in self._awaiting_staging:
+            launched, ran = self._awaiting_staging.pop(staged.iteration)
+            self._observe(launched, ran, staged)
+        else:
+            self._staged[staged.iteration] = staged
+
+    def _observe(
+        self, launched: Launched, ran: IterationRan, staged: IterationStaged | None
+    ) -> None:
+        if self._to.governor is None:
+            return
+        self._to.governor.post(
+            IterationObserved(
+                iteration=ran.iteration,
+                compute_s=ran.compute_s,
+                stall_s=ran.stall_s,
+                staged_bytes=staged.staged_bytes if staged else 0,
+                staging_busy_s=staged.busy_s if staged else 0.0,
+                decode_rows=launched.decode_rows,
+                prefill_tokens=launched.prefill_tokens,
+                streamed_blocks=launched.streamed_blocks,
+                wanted_blocks=launched.wanted_blocks,
+            )
+        )
+
+    def _tell(
+        self,
+        advances: Iterable[Advance],
+        iteration: IterationId,
+        prompt_logprobs: tuple[PromptLogprobs, ...] = (),
+    ) -> None:
+        advances = tuple(advances)
+        if advances or prompt_logprobs:
+            self._to.delivery.post(
+                SequencesAdvanced(
+                    iteration=iteration, advances=advances, prompt_logprobs=prompt_logprobs
+                )
+            )
+
+    # --- counting ---------------------------------------------------------------------------
+
+    def _add(self, **amounts: float) -> None:
+        totals = self._totals
+        sums = {name: getattr(totals, name) + amount for name, amount in amounts.items()}
+        self._totals = msgspec.structs.replace(totals, **sums)
+
+    def stats(self) -> EngineStats:
+        """A snapshot; the engine adds what it alone knows."""
+        schedule, residency, counts = (
+            self._schedule,
+            self._schedule.residency,
+            self._schedule.counts,
+        )
+        device = residency.device.size
+        return msgspec.structs.replace(
+            self._totals,
+            running=len(schedule.running),
+            waiting=schedule.num_waiting,
+            parked=len(schedule.parked) + len(schedule.resuming),
+            block_tokens=schedule.block_tokens,
+            device_blocks=device,
+            host_blocks=residency.host.size,
+            resident_blocks=residency.device.num_used,
+            streamed_blocks=residency.num_streamed,
+            parked_blocks=schedule.num_parked_blocks,
+            pooled_blocks=residency.host.num_used,
+            streamed_limit_blocks=schedule.streamed_limit,
+            expansion_ratio=(device + residency.num_streamed) / device,
+            prompt_tokens=counts.prompt_tokens,
+            cached_tokens=counts.cached_tokens,
+            output_tokens=counts.output_tokens,
+            sequences_finished=counts.sequences_finished,
+            sequences_cancelled=counts.sequences_cancelled,
+            preemptions_parked=counts.preemptions_parked,
+            preemptions_recomputed=counts.preemptions_recomputed,
+            demotions=counts.demotions,
+            promotions=counts.promotions,
+        )

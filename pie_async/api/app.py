@@ -1,0 +1,78 @@
+"""The aiohttp application: routes and what surrounds them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from aiohttp import web
+from prometheus_client.aiohttp import make_aiohttp_handler
+
+from pie_async.api.auth import ApiKeys
+from pie_async.api.handlers import Handlers, Limits
+from pie_async.api.in_flight import InFlight
+from pie_async.api.middlewares import (
+    UNGUARDED_ROUTE,
+    errors_as_json,
+    name_response,
+    require_api_key,
+)
+from pie_async.api.prometheus import ServerMetrics
+from pie_async.openai.backend import Backend
+from pie_async.openai.service import OpenAIService
+
+DEFAULT_MAX_BODY_BYTES = 4 * 2**20
+
+IN_FLIGHT = web.AppKey("in_flight", InFlight)
+
+
+def create_app(
+    engine: Backend,
+    *,
+    served_model_name: str | None = None,
+    api_keys: Iterable[str] = (),
+    max_body_bytes: int = DEFAULT_MAX_BODY_BYTES,
+    keepalive_s: float = 10.0,
+    stall_timeout_s: float = 60.0,
+) -> web.Application:
+    """OpenAI's API over a started engine, to run alone or mounted in another application.
+
+    The engine stays the caller's: it is neither started nor closed. When the application
+    shuts down, answers that are still being sent end with an error event. Run it with
+    `AppRunner(app, handler_cancellation=True)`, or a client that goes away before a
+    non-streamed answer is noticed only at its end.
+
+    Args:
+        served_model_name: what clients call the model; the engine's name for it if None.
+        api_keys: if any, all routes but /health ask for one of them as a bearer token.
+        max_body_bytes: larger request bodies are refused with status 413.
+        keepalive_s: longest silence of a stream before a comment is sent.
+        stall_timeout_s: how long a client may take nothing of its stream before it is cut off.
+    """
+    metrics = ServerMetrics(engine)
+    in_flight = InFlight()
+    service = OpenAIService(
+        engine, served_model_name=served_model_name, keepalive_s=keepalive_s, sink=metrics
+    )
+    limits = Limits(max_body_bytes=max_body_bytes, stall_timeout_s=stall_timeout_s)
+    handlers = Handlers(engine, service, in_flight, limits)
+
+    app = web.Application(middlewares=[errors_as_json(metrics), require_api_key(ApiKeys(api_keys))])
+    app[IN_FLIGHT] = in_flight
+    app.add_routes(
+        [
+            web.post("/v1/chat/completions", handlers.chat),
+            web.post("/v1/completions", handlers.completion),
+            web.get("/v1/models", handlers.models),
+            web.get("/v1/models/{model:.+}", handlers.model),
+            web.get("/health", handlers.health, name=UNGUARDED_ROUTE),
+            web.get("/metrics", make_aiohttp_handler(metrics.registry)),
+            web.get("/version", handlers.version),
+        ]
+    )
+    app.on_response_prepare.append(name_response)
+    app.on_shutdown.append(_end_answers)
+    return app
+
+
+async def _end_answers(app: web.Application) -> None:
+    app[IN_FLIGHT].end()

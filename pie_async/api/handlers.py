@@ -1,0 +1,95 @@
+"""One handler per endpoint: decode, submit, answer; whoever goes away is cancelled."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+import msgspec
+from aiohttp import web
+
+import pie_async
+from pie_async.api.body import read_body
+from pie_async.api.in_flight import InFlight
+from pie_async.api.liveness import Liveness
+from pie_async.api.sse import send_events
+from pie_async.errors import EngineStopped
+from pie_async.openai.answer import Answer
+from pie_async.openai.backend import Backend
+from pie_async.openai.service import OpenAIService
+
+
+class Limits(msgspec.Struct, frozen=True, kw_only=True):
+    """What one request may take of the server."""
+
+    max_body_bytes: int
+    body_timeout_s: float = 60.0
+    stall_timeout_s: float = 60.0
+    """How long a client may take nothing of its stream."""
+
+
+class Handlers:
+    """The endpoints of one engine."""
+
+    def __init__(
+        self, backend: Backend, service: OpenAIService, in_flight: InFlight, limits: Limits
+    ) -> None:
+        self._backend = backend
+        self._service = service
+        self._in_flight = in_flight
+        self._limits = limits
+        self._liveness = Liveness()
+
+    async def chat(self, request: web.Request) -> web.StreamResponse:
+        """POST /v1/chat/completions"""
+        return await self._answer(request, self._service.chat)
+
+    async def completion(self, request: web.Request) -> web.StreamResponse:
+        """POST /v1/completions"""
+        return await self._answer(request, self._service.completion)
+
+    async def models(self, _request: web.Request) -> web.Response:
+        """GET /v1/models"""
+        return _json(self._service.models())
+
+    async def model(self, request: web.Request) -> web.Response:
+        """GET /v1/models/{model}"""
+        return _json(self._service.model(request.match_info["model"]))
+
+    async def version(self, _request: web.Request) -> web.Response:
+        """GET /version"""
+        return _json({"version": pie_async.__version__})
+
+    async def health(self, _request: web.Request) -> web.Response:
+        """GET /health: liveness alone; a full or draining server is healthy."""
+        if not self._backend.is_running:
+            raise EngineStopped("the engine is not running")
+        now_s = asyncio.get_running_loop().time()
+        if self._liveness.is_stuck(self._backend.stats(), now_s=now_s):
+            raise EngineStopped("the engine makes no progress")
+        return _json({"status": "ok"})
+
+    async def _answer(
+        self, request: web.Request, accept: Callable[[bytes], Awaitable[Answer]]
+    ) -> web.StreamResponse:
+        with self._in_flight.admit():
+            body = await read_body(
+                request,
+                max_bytes=self._limits.max_body_bytes,
+                timeout_s=self._limits.body_timeout_s,
+            )
+            answer = await accept(body)
+            try:
+                with self._in_flight.answering(answer):
+                    return await self._send(request, answer)
+            finally:
+                await answer.aclose()
+
+    async def _send(self, request: web.Request, answer: Answer) -> web.StreamResponse:
+        if answer.is_streamed:
+            return await send_events(request, answer, stall_timeout_s=self._limits.stall_timeout_s)
+        return web.Response(body=await answer.body(), content_type="application/json")
+
+
+def _json(content: object) -> web.Response:
+    return web.Response(body=msgspec.json.encode(content), content_type="application/json")

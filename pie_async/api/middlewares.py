@@ -1,0 +1,114 @@
+"""What every request passes through: an id, errors as OpenAI's JSON, the API key, a count."""
+
+from __future__ import annotations
+
+import logging
+import re
+import uuid
+from typing import TYPE_CHECKING
+
+from aiohttp import web
+
+from pie_async.api.auth import ApiKeys
+from pie_async.api.prometheus import ServerMetrics
+from pie_async.openai.errors import ErrorDetail, ErrorReply, error_reply
+
+if TYPE_CHECKING:
+    from aiohttp.typedefs import Handler, Middleware
+
+REQUEST_ID_HEADER = "X-Request-Id"
+UNGUARDED_ROUTE = "health"
+"""Name of the one route that needs no API key: probes carry none."""
+
+_REQUEST_ID = web.RequestKey("request_id", str)
+_HARMLESS_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+_log = logging.getLogger(__name__)
+
+
+def request_id(request: web.Request) -> str:
+    """The client's id for the request if it is harmless in logs and headers, else our own."""
+    if _REQUEST_ID not in request:
+        sent = request.headers.get(REQUEST_ID_HEADER, "")
+        is_harmless = _HARMLESS_ID.fullmatch(sent) is not None
+        request[_REQUEST_ID] = sent if is_harmless else f"req_{uuid.uuid4().hex}"
+    return request[_REQUEST_ID]
+
+
+async def name_response(request: web.Request, response: web.StreamResponse) -> None:
+    """A signal handler: every response carries its request's id."""
+    response.headers[REQUEST_ID_HEADER] = request_id(request)
+
+
+def errors_as_json(metrics: ServerMetrics) -> Middleware:
+    """Turns whatever is raised into a response, and counts all responses."""
+
+    @web.middleware
+    async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
+        try:
+            response = await handler(request)
+        except web.HTTPException as error:
+            response = _http_error(request, error)
+        except Exception as error:  # the HTTP edge: nothing may reach the client unexplained
+            response = _error_response(request, error)
+        metrics.count_response(_route(request), response.status)
+        return response
+
+    return middleware
+
+
+def require_api_key(keys: ApiKeys) -> Middleware:
+    """Guards every route but the liveness probe, unknown ones included."""
+
+    @web.middleware
+    async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
+        if request.match_info.route.name != UNGUARDED_ROUTE:
+            keys.check(request.headers.get("Authorization"))
+        return await handler(request)
+
+    return middleware
+
+
+def _error_response(request: web.Request, error: Exception) -> web.Response:
+    reply = error_reply(error)
+    if reply.status >= 500:
+        _log.error("request %s failed: %s", request_id(request), error, exc_info=error)
+    response = _response(reply)
+    if reply.status == 401:
+        response.headers["WWW-Authenticate"] = "Bearer"
+    if reply.status == 503:  # a load balancer should find another server
+        response.force_close()
+    return response
+
+
+def _http_error(request: web.Request, error: web.HTTPException) -> web.StreamResponse:
+    """aiohttp's own refusals: unknown paths, wrong methods."""
+    if error.status < 400:
+        raise error
+    messages = {
+        404: f"there is nothing at {request.path[:200]}; the API is under /v1",
+        405: f"{request.method} is not possible at {request.path[:200]}",
+    }
+    detail = ErrorDetail(
+        message=messages.get(error.status, error.reason),
+        type="invalid_request_error" if error.status < 500 else "server_error",
+        code={404: "unknown_url", 405: "method_not_allowed"}.get(error.status),
+    )
+    response = _response(ErrorReply(status=error.status, detail=detail))
+    if "Allow" in error.headers:
+        response.headers["Allow"] = error.headers["Allow"]
+    return response
+
+
+def _response(reply: ErrorReply) -> web.Response:
+    return web.Response(
+        status=reply.status,
+        body=reply.body,
+        headers=reply.headers,
+        content_type="application/json",
+    )
+
+
+def _route(request: web.Request) -> str:
+    """A label with few values, whatever clients ask for."""
+    resource = request.match_info.route.resource
+    return resource.canonical if resource is not None else "unknown"

@@ -1,0 +1,165 @@
+"""Metrics for Prometheus, in the project's own names, on a registry of the application's own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from pie_async.metrics import EngineStats
+from pie_async.openai.backend import Backend
+from pie_async.outputs import FinishReason
+
+_TTFT_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+_ITL_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.1, 0.25, 0.5, 1, 5)
+_E2E_BUCKETS_S = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
+
+
+class ServerMetrics:
+    """What the HTTP side counts, and the engine's own statistics, read at every scrape."""
+
+    def __init__(self, backend: Backend) -> None:
+        self.registry = CollectorRegistry()
+        self.registry.register(EngineCollector(backend))
+        self._ttft = Histogram(
+            "pie:ttft_seconds",
+            "From reading a streamed request to its first output token",
+            buckets=_TTFT_BUCKETS_S,
+            registry=self.registry,
+        )
+        self._itl = Histogram(
+            "pie:itl_seconds",
+            "Gap between two consecutive output tokens of a streamed choice",
+            buckets=_ITL_BUCKETS_S,
+            registry=self.registry,
+        )
+        self._e2e = Histogram(
+            "pie:e2e_seconds",
+            "From reading a request to its last output token",
+            buckets=_E2E_BUCKETS_S,
+            registry=self.registry,
+        )
+        self._finished = Counter(
+            "pie:choices_finished",
+            "Choices by the reason for their end",
+            ["finish_reason"],
+            registry=self.registry,
+        )
+        self._responses = Counter(
+            "pie:http_responses",
+            "HTTP responses by route and status",
+            ["route", "status"],
+            registry=self.registry,
+        )
+
+    def observe_ttft(self, ttft_s: float) -> None:
+        self._ttft.observe(ttft_s)
+
+    def observe_itl(self, itl_s: float) -> None:
+        self._itl.observe(itl_s)
+
+    def observe_e2e(self, e2e_s: float) -> None:
+        self._e2e.observe(e2e_s)
+
+    def count_finished(self, reason: FinishReason) -> None:
+        self._finished.labels(reason).inc()
+
+    def count_response(self, route: str, status: int) -> None:
+        self._responses.labels(route, str(status)).inc()
+
+
+class EngineCollector(Collector):
+    """Reads `EngineStats` when asked; keeps nothing."""
+
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+
+    def collect(self) -> Iterator[Metric]:
+        stats = self._backend.stats()
+        for name, (text, value) in _gauges(stats).items():
+            yield GaugeMetricFamily(f"pie:{name}", text, value)
+        for name, (text, value) in _counters(stats).items():
+            yield CounterMetricFamily(f"pie:{name}", text, value)
+        yield from _labelled(stats)
+
+    def describe(self) -> Iterable[Metric]:
+        return ()  # spares registration a look at an engine that may not have started
+
+
+def _gauges(stats: EngineStats) -> dict[str, tuple[str, float]]:
+    return {
+        "block_bytes": ("Size of a KV block over all layers", stats.block_bytes),
+        "block_tokens": ("Tokens whose KV a block holds", stats.block_tokens),
+        "device_slots": ("Resident slots of the device arena", stats.device_blocks),
+        "host_slots": ("Slots of the host pool at its ceiling", stats.host_blocks),
+        "pooled_blocks": ("Host slots in use, clean copies included", stats.pooled_blocks),
+        "streamed_limit_blocks": (
+            "Blocks that the expansion governor allows to be streamed",
+            stats.streamed_limit_blocks,
+        ),
+        "expansion_ratio": (
+            "Device and streamed blocks by device blocks; 1 is no pooling",
+            stats.expansion_ratio,
+        ),
+        "stall_share": ("Part of the compute time spent waiting for swaps", stats.stall_share),
+        "uptime_seconds": ("Time since the engine started", stats.uptime_s),
+    }
+
+
+def _counters(stats: EngineStats) -> dict[str, tuple[str, float]]:
+    return {
+        "iterations": ("Forward passes", stats.iterations),
+        "prompt_tokens": ("Prompt tokens computed", stats.prompt_tokens),
+        "cached_tokens": ("Prompt tokens whose KV was shared instead", stats.cached_tokens),
+        "output_tokens": ("Tokens generated", stats.output_tokens),
+        "sequences_finished": ("Sequences that ended, for any reason", stats.sequences_finished),
+        "sequences_cancelled": (
+            "Sequences cancelled, by a client or us",
+            stats.sequences_cancelled,
+        ),
+        "demotions": ("Blocks copied to the pool", stats.demotions),
+        "promotions": ("Blocks copied back to stay", stats.promotions),
+        "compute_seconds": ("Time the compute stream worked", stats.compute_s),
+        "stall_seconds": ("Time compute waited for staged blocks", stats.stall_s),
+    }
+
+
+def _labelled(stats: EngineStats) -> Iterator[Metric]:
+    yield _by_label(
+        GaugeMetricFamily("pie:sequences", "Sequences by state", labels=["state"]),
+        running=stats.running,
+        waiting=stats.waiting,
+        parked=stats.parked,
+    )
+    yield _by_label(
+        GaugeMetricFamily("pie:blocks", "KV blocks by where they are", labels=["state"]),
+        resident=stats.resident_blocks,
+        streamed=stats.streamed_blocks,
+        parked=stats.parked_blocks,
+        cached=stats.cached_blocks,
+    )
+    yield _by_label(
+        CounterMetricFamily("pie:preemptions", "Preempted sequences", labels=["kind"]),
+        parked=stats.preemptions_parked,
+        recomputed=stats.preemptions_recomputed,
+    )
+    yield _by_label(
+        CounterMetricFamily("pie:link_bytes", "Bytes over the link", labels=["direction"]),
+        h2d=stats.h2d_bytes,
+        d2h=stats.d2h_bytes,
+    )
+    yield _by_label(
+        CounterMetricFamily("pie:link_busy_seconds", "Time spent copying", labels=["direction"]),
+        h2d=stats.h2d_busy_s,
+        d2h=stats.d2h_busy_s,
+    )
+
+
+def _by_label(
+    family: GaugeMetricFamily | CounterMetricFamily, **values: float
+) -> GaugeMetricFamily | CounterMetricFamily:
+    for label, value in values.items():
+        family.add_metric([label], value)
+    return family

@@ -1,0 +1,245 @@
+"""Continuous batching: what the next iteration computes, reads, stages and moves.
+
+Decoding sequences come first (one token each), then prompts under way, then new ones, in
+chunks, under one token budget. First come, first served within a priority.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from pie_async.core import pressure
+from pie_async.core.residency import Block, ResidencyMap
+from pie_async.core.schedule import Launched, Schedule
+from pie_async.core.sequence import Sequence
+from pie_async.ids import DeviceSlot, IterationId
+from pie_async.messages import BlockMove, CopyRun, LaneBinding, Row, TableUpdate
+
+
+@dataclass(slots=True)
+class IterationPlan:
+    """Everything one planning round decided. `rows` may be empty: then only moves."""
+
+    iteration: IterationId
+    rows: list[Row] = field(default_factory=list)
+    bindings: list[LaneBinding] = field(default_factory=list)
+    tables: list[TableUpdate] = field(default_factory=list)
+    runs: list[CopyRun] = field(default_factory=list)
+    swap_out: list[BlockMove] = field(default_factory=list)
+    swap_in: list[BlockMove] = field(default_factory=list)
+
+
+def plan_iteration(schedule: Schedule, iteration: IterationId) -> IterationPlan:
+    """Decide the next iteration and record it as launched.
+
+    Changes `schedule`; the caller must carry the plan out (if it has rows: issue it).
+    """
+    plan = IterationPlan(iteration)
+    pressure.preempt(schedule)
+    batch = _Batch(schedule, plan)
+    batch.decode()
+    batch.prefill()
+    batch.admit()
+    plan.swap_out, plan.swap_in = pressure.relieve(schedule, batch.next_chunk_blocks)
+    if not plan.rows:
+        return plan
+    batch.describe_lanes()
+    plan.runs = staging_runs(schedule.residency)
+    batch.launch()
+    return plan
+
+
+class _Batch:
+    """One iteration in the making."""
+
+    def __init__(self, schedule: Schedule, plan: IterationPlan) -> None:
+        self._schedule = schedule
+        self._plan = plan
+        self._budget = schedule.token_budget
+        self._sequences: list[Sequence] = []
+        self._decode_rows = 0
+        schedule.is_starved = False
+        self._promised_blocks = 0
+        self.next_chunk_blocks = 0
+        """Blocks that prompts under way want in the iteration after this one."""
+
+    def decode(self) -> None:
+        for seq in self._schedule.running:
+            if seq.num_unfed == 1 and seq.expects_more and self._budget:
+                if self._has_room(seq, 1):
+                    self._add(seq, 1)
+                    self._decode_rows += 1
+                else:
+                    self._schedule.is_starved = True
+
+    def prefill(self) -> None:
+        for seq in self._schedule.running:
+            if seq.num_unfed > 1:
+                self._add_chunk(seq)
+
+    def admit(self) -> None:
+        """Start waiting sequences while lanes, budget and memory allow."""
+        schedule = self._schedule
+        while self._budget and schedule.lanes.num_free:
+            seq = schedule.next_waiting()
+            if seq is None or self._is_behind_parked(seq) or not self._may_admit(seq):
+                return
+            schedule.start(seq)
+            self._adopt_prefix(seq)
+            self._add_chunk(seq)
+
+    def _is_behind_parked(self, seq: Sequence) -> bool:
+        parked = self._schedule.parked
+        return bool(parked) and parked[0].order < seq.order
+
+    def _may_admit(self, seq: Sequence) -> bool:
+        """Whether its tokens fit beside what runs, with a block to grow for each."""
+        residency = self._schedule.residency
+        if residency.free_device == 0:
+            return False
+        num_running = len(self._schedule.running) + len(self._schedule.resuming)
+        if num_running == 0:
+            return True
+        wanted = self._blocks_for(len(seq.tokens)) + self._promised_blocks + num_running
+        return wanted <= pressure.room(self._schedule)
+
+    def _adopt_prefix(self, seq: Sequence) -> None:
+        """Share the blocks of sequences that have computed the same leading tokens."""
+        if not self._schedule.shares_prefixes or seq.sampling.prompt_logprobs is not None:
+            return
+        size = self._schedule.block_tokens
+        parent = None
+        for index in range((len(seq.tokens) - 1) // size):
+            tokens = tuple(seq.tokens[index * size : (index + 1) * size])
+            block = self._schedule.residency.find_prefix(parent, tokens)
+            if block is None or block.read_slot is None:
+                break
+            block.owners.append((seq, index))
+            seq.table.append(block)
+            parent = block
+        shared = len(seq.table) * size
+        seq.num_launched = seq.num_settled = shared
+        seq.num_sealed = len(seq.table)
+        if seq.num_outputs == 0:
+            seq.num_cached_tokens = shared
+            self._schedule.counts.cached_tokens += shared
+
+    def _add_chunk(self, seq: Sequence) -> None:
+        """As much of a prompt as budget and free slots allow."""
+        size = self._schedule.block_tokens
+        free = self._schedule.residency.free_device
+        slots = (len(seq.table) + free) * size - seq.num_launched
+        num_tokens = min(seq.num_unfed, self._budget, slots)
+        if num_tokens > 0 and self._has_room(seq, num_tokens):
+            self._add(seq, num_tokens)
+        elif self._budget:
+            self._schedule.is_starved = True
+        rest = self._blocks_for(len(seq.tokens)) - len(seq.table)
+        self._promised_blocks += rest
+        self.next_chunk_blocks += min(rest, self._schedule.token_budget // size + 1)
+
+    def _blocks_for(self, num_tokens: int) -> int:
+        return -(-num_tokens // self._schedule.block_tokens)
+
+    def _has_room(self, seq: Sequence, num_tokens: int) -> bool:
+        """Give the sequence blocks for its next tokens; False, and nothing, if there are none."""
+        residency = self._schedule.residency
+        missing = self._blocks_for(seq.num_launched + num_tokens) - len(seq.table)
+        if missing > residency.free_device:
+            return False
+        for _ in range(missing):
+            block = residency.allocate()
+            assert block is not None
+            index = len(seq.table)
+            block.owners.append((seq, index))
+            seq.table.append(block)
+            if seq.dirty_from is None:
+                seq.dirty_from = index
+        return True
+
+    def _add(self, seq: Sequence, num_tokens: int) -> None:
+        assert seq.lane is not None
+        start = seq.num_launched
+        # A token sampled by an iteration in flight never leaves the device: no ids to send.
+        is_fed_back = seq.samples_in_flight > 0
+        tokens = () if is_fed_back else tuple(seq.tokens[start : start + num_tokens])
+        is_sampled = num_tokens == seq.num_unfed
+        self._plan.rows.append(Row(seq.id, seq.lane, start, tokens, is_sampled))
+        self._sequences.append(seq)
+        self._budget -= num_tokens
+        if start < seq.prompt_len:
+            self._schedule.counts.prompt_tokens += min(num_tokens, seq.prompt_len - start)
+        seq.num_launched += num_tokens
+        seq.samples_in_flight += is_sampled
+        seq.launches_in_flight += 1
+
+    def describe_lanes(self) -> None:
+        """Tell the device what changed in the lanes that run: bindings and block tables."""
+        for seq in self._sequences:
+            assert seq.lane is not None
+            if not seq.is_bound:
+                self._plan.bindings.append(self._binding(seq))
+                seq.is_bound = True
+                seq.dirty_from = 0
+            if seq.dirty_from is not None:
+                slots = tuple(_read_slot(block) for block in seq.table[seq.dirty_from :])
+                self._plan.tables.append(TableUpdate(seq.lane, seq.dirty_from, slots))
+                seq.dirty_from = None
+
+    def _binding(self, seq: Sequence) -> LaneBinding:
+        assert seq.lane is not None
+        sampling = seq.sampling
+        eos = () if sampling.ignore_eos else tuple(sorted(self._schedule.eos_ids))
+        return LaneBinding(
+            lane=seq.lane,
+            sequence=seq.id,
+            sampling=sampling,
+            seed=seq.seed,
+            stop_ids=eos + sampling.stop_token_ids,
+            prompt_len=seq.prompt_len,
+            history=tuple(seq.tokens) if sampling.counts_tokens else (),
+        )
+
+    def launch(self) -> None:
+        plan, schedule = self._plan, self._schedule
+        schedule.residency.launched(plan.iteration)
+        num_tokens = schedule.token_budget - self._budget
+        schedule.in_flight.append(
+            Launched(
+                iteration=plan.iteration,
+                rows=tuple(plan.rows),
+                decode_rows=self._decode_rows,
+                prefill_tokens=num_tokens - self._decode_rows,
+                streamed_blocks=schedule.residency.num_streamed,
+                wanted_blocks=pressure.wanted_streamed(schedule),
+                is_staged=bool(plan.runs),
+            )
+        )
+
+
+def _read_slot(block: Block) -> DeviceSlot:
+    slot = block.read_slot
+    assert slot is not None, f"block {block.id} is read by an iteration but lies in no slot"
+    return slot
+
+
+def staging_runs(residency: ResidencyMap) -> list[CopyRun]:
+    """The copies that bring all streamed blocks through the ring, neighbours merged."""
+    pairs = sorted(
+        (block.staging_slot, block.host_slot)
+        for block in residency.streamed.values()
+        if not block.is_resident
+    )
+    runs: list[CopyRun] = []
+    for staging_slot, host_slot in pairs:
+        assert staging_slot is not None and host_slot is not None
+        last = runs[-1] if runs else None
+        if (
+            last is not None
+            and staging_slot == last.device_slot + last.count
+            and host_slot == last.host_slot + last.count
+        ):
+            runs[-1] = CopyRun(last.host_slot, last.device_slot, last.count + 1)
+        else:
+            runs.append(CopyRun(host_slot, staging_slot, 1))
+    return runs

@@ -1,0 +1,249 @@
+"""Making room: which blocks leave the device, which come back, who is parked and resumed.
+
+Every block of a running sequence is read once per iteration, so any sealed one is as cheap
+to stream as any other. Blocks of parked sequences leave first (nobody reads them); then
+blocks that already have a clean copy; then the newest sequences' oldest blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from pie_async.core.residency import Block
+from pie_async.core.schedule import Schedule, is_read_by_running, is_readable
+from pie_async.core.sequence import Sequence
+from pie_async.messages import BlockMove
+
+MOST_PROMOTIONS_PER_ITERATION = 32
+SHRINK_TOLERANCE = 1.1
+"""Streamed blocks may exceed a lowered limit by this factor before a sequence is parked."""
+
+
+def room(schedule: Schedule) -> int:
+    """Blocks that may still be taken into use: free ones, and those that demotion may free."""
+    residency = schedule.residency
+    streamable = min(
+        schedule.streamed_limit - residency.num_streamed,
+        residency.staging.num_free,
+        residency.available_host,
+    )
+    return residency.free_device + residency.coming_device + max(0, streamable)
+
+
+def wanted_streamed(schedule: Schedule) -> int:
+    """Blocks that would be streamed if everything submitted ran at once."""
+    held = sum(len(seq.table) for seq in schedule.parked) + schedule.waiting_blocks
+    in_use = schedule.residency.device.num_used + schedule.residency.num_streamed
+    growth = len(schedule.running)
+    return max(0, in_use + held + growth - schedule.residency.device.size)
+
+
+def preempt(schedule: Schedule) -> None:
+    """Before an iteration is put together: stop what cannot go on.
+
+    A sequence is parked when another one found no device slot and none is about to be freed,
+    or when more is streamed than may be.
+    """
+    residency = schedule.residency
+    if schedule.is_starved and residency.free_device + residency.coming_device == 0:
+        if len(schedule.running) > 1:
+            schedule.park(schedule.running[-1])
+        else:
+            _drop_last_parked(schedule)
+    elif residency.num_streamed > schedule.streamed_limit * SHRINK_TOLERANCE + 1:
+        _shrink(schedule)
+
+
+def relieve(schedule: Schedule, next_chunk_blocks: int) -> tuple[list[BlockMove], list[BlockMove]]:
+    """Decide the moves that the coming iterations need: (swap-outs, swap-ins)."""
+    residency = schedule.residency
+    growth = 2 * len(schedule.running) // schedule.block_tokens + 1 if schedule.running else 0
+    wanted = growth + next_chunk_blocks
+    wanted += _resume_blocks(schedule) if schedule.parked else _admission_blocks(schedule)
+    shortage = wanted - residency.free_device - residency.coming_device
+    swap_out = _demote(schedule, shortage) if shortage > 0 else []
+    if shortage > 0 and residency.host.num_free < shortage:
+        residency.reclaim_host(shortage)
+    swap_in = _resume(schedule) if schedule.parked else []
+    if not schedule.parked and schedule.num_waiting == 0:
+        swap_in += _promote_streamed(schedule, residency.free_device - wanted - growth)
+    return swap_out, swap_in
+
+
+def _admission_blocks(schedule: Schedule) -> int:
+    """Device slots that the next waiting sequence's first chunk wants, if it may start."""
+    seq = schedule.next_waiting()
+    if seq is None or not schedule.lanes.num_free:
+        return 0
+    size = schedule.block_tokens
+    blocks = -(-len(seq.tokens) // size)
+    if schedule.running and blocks + len(schedule.running) > room(schedule):
+        return 0
+    return min(blocks, schedule.token_budget // size + 1)
+
+
+def _resume_blocks(schedule: Schedule) -> int:
+    """Device slots that the first parked sequence wants before it can come back, if the
+    parked sequences behind it can give them up."""
+    if not schedule.lanes.num_free:
+        return 0
+    residency = schedule.residency
+    pooled = sum(block.read_slot is None for block in schedule.parked[0].table)
+    wanted = max(0, pooled - max(0, _streamed_room(schedule))) + len(schedule.running) + 1
+    behind = sum(len(seq.table) - seq.demote_from for seq in schedule.parked[1:])
+    is_alone = not schedule.running and not schedule.resuming
+    supply = residency.free_device + residency.coming_device + behind
+    return wanted if is_alone or wanted <= supply else 0
+
+
+# --- leaving the device -------------------------------------------------------------------
+
+
+def _demote(schedule: Schedule, wanted: int) -> list[BlockMove]:
+    """Free up to `wanted` device slots; at once for clean blocks, else when copied."""
+    residency = schedule.residency
+    moves: list[BlockMove] = []
+    for block in _leavers(schedule):
+        if wanted <= 0:
+            break
+        is_streamed = is_read_by_running(block)
+        if is_streamed and not block.is_streamed and _streamed_room(schedule) <= 0:
+            break
+        if not residency.can_demote(block, is_streamed=is_streamed):
+            continue
+        move = residency.demote(block, is_streamed=is_streamed)
+        if move is not None:
+            moves.append(move)
+        wanted -= 1
+    return moves
+
+
+def _streamed_room(schedule: Schedule) -> int:
+    """How many more blocks may be streamed. A sequence alone may use everything: what the
+    memories together can hold is never refused, it runs at the link's speed."""
+    residency = schedule.residency
+    if len(schedule.running) + len(schedule.resuming) <= 1:
+        return residency.staging.num_free
+    return schedule.streamed_limit - residency.num_streamed
+
+
+def _leavers(schedule: Schedule) -> Iterator[Block]:
+    """Resident blocks in the order in which they should leave."""
+    for seq in reversed(schedule.parked):
+        if seq.launches_in_flight == 0:
+            for block in _resident_blocks(seq, len(seq.table)):
+                if not is_read_by_running(block):
+                    yield block
+    clean = [b for b in schedule.residency.clean_resident.values() if is_read_by_running(b)]
+    yield from (b for b in clean if b.is_sealed)
+    for seq in reversed(schedule.running):
+        yield from _resident_blocks(seq, seq.num_sealed)
+
+
+def _resident_blocks(seq: Sequence, end: int) -> Iterator[Block]:
+    """Its blocks before index `end` that could leave, oldest first."""
+    for index in range(seq.demote_from, end):
+        block = seq.table[index]
+        if block.is_resident and block.move is None:
+            yield block
+        elif not block.is_resident and index == seq.demote_from:
+            seq.demote_from += 1
+
+
+def _drop_last_parked(schedule: Schedule) -> None:
+    """Both memories are full: give up the KV of the sequence that would come back last."""
+    for seq in reversed(schedule.parked):
+        if seq.launches_in_flight == 0:
+            schedule.drop(seq)
+            return
+
+
+def _shrink(schedule: Schedule) -> None:
+    """More is streamed than may be: park the newest sequence that streams."""
+    if len(schedule.running) > 1:
+        for seq in reversed(schedule.running):
+            if any(block.is_streamed for block in seq.table):
+                schedule.park(seq)
+                return
+
+
+# --- coming back ----------------------------------------------------------------------------
+
+
+def _resume(schedule: Schedule) -> list[BlockMove]:
+    """Bring the first parked sequence back if what it holds fits again."""
+    seq = schedule.parked[0]
+    is_alone = not schedule.running and not schedule.resuming
+    if schedule.lanes.num_free == 0 or seq.launches_in_flight:
+        return []
+    if any(block.move is not None for block in seq.table):
+        return []
+    residency = schedule.residency
+    pooled = [block for block in seq.table if block.read_slot is None]
+    reserve = len(schedule.running) + 1
+    free = residency.free_device - reserve
+    stageable = residency.staging.num_free if is_alone else _streamed_room(schedule)
+    stageable = min(stageable, residency.staging.num_free)
+    if free + max(0, stageable) < len(pooled):
+        if is_alone:
+            _make_way(schedule)
+        return []
+    if residency.free_device == 0:
+        if is_alone:
+            _make_way(schedule)
+        return []
+    return _bring_back(schedule, seq, pooled, max(0, free))
+
+
+def _bring_back(
+    schedule: Schedule, seq: Sequence, pooled: list[Block], free: int
+) -> list[BlockMove]:
+    """Promote the newest pooled blocks into `free` device slots, stream the older ones.
+
+    A tail block will be written, so it is promoted in any case.
+    """
+    residency = schedule.residency
+    num_promoted = min(len(pooled), free)
+    if pooled and not pooled[-1].is_sealed:
+        num_promoted = max(1, num_promoted)
+    schedule.resume(seq)
+    swap_in = []
+    for index, block in enumerate(pooled):
+        if index >= len(pooled) - num_promoted:
+            move = residency.begin_promote(block)
+            assert move is not None
+            swap_in.append(move)
+        else:
+            residency.stage(block)
+    seq.demote_from = 0
+    if is_readable(seq):
+        schedule.resuming.remove(seq)
+        schedule.start(seq)
+    return swap_in
+
+
+def _make_way(schedule: Schedule) -> None:
+    """Nothing runs and the first parked sequence finds no room."""
+    is_quiet = not schedule.has_moves and not schedule.in_flight
+    if is_quiet and schedule.residency.available_host == 0:
+        _drop_last_parked(schedule)
+
+
+def _promote_streamed(schedule: Schedule, spare: int) -> list[BlockMove]:
+    """Bring streamed blocks home while nobody waits for the room."""
+    residency = schedule.residency
+    moves: list[BlockMove] = []
+    most = min(spare, MOST_PROMOTIONS_PER_ITERATION)
+    if most <= 0 or not residency.streamed:
+        return moves
+    newest_first = reversed(residency.streamed.values())
+    for block in [b for b in newest_first if b.move is None and b.is_clean and not b.is_resident]:
+        if len(moves) >= most:
+            break
+        move = residency.begin_promote(block)
+        if move is None:
+            break
+        moves.append(move)
+        for seq, index in block.owners:
+            seq.demote_from = min(seq.demote_from, index)
+    return moves

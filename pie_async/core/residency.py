@@ -1,0 +1,314 @@
+"""The residency map: where every KV block is, and the legal moves between places.
+
+Pie's "mapping table" (arXiv 2411.09317, section 4). A block is written once, read many
+times and freed when the last iteration or copy that may touch it is over. Moves have two
+phases: `begin_...` takes the destination slot and yields the copy to do, `finish_...`, called
+when the copy's event has fired, makes the destination count.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict, deque
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+from pie_async.core.slots import SlotPool
+from pie_async.ids import BlockId, DeviceSlot, HostSlot
+from pie_async.messages import BlockMove
+
+if TYPE_CHECKING:
+    from pie_async.core.sequence import Sequence
+
+
+@dataclass(slots=True, eq=False)
+class Block:
+    """KV of `block_tokens` consecutive tokens, in all layers.
+
+    Readable where: in its device slot unless a swap-in into it is under way; otherwise in
+    its host slot, through its staging slot.
+    """
+
+    id: BlockId
+    device_slot: DeviceSlot | None = None
+    host_slot: HostSlot | None = None
+    """The pooled copy; complete unless a swap-out into it is under way."""
+    staging_slot: DeviceSlot | None = None
+    """Where every iteration finds this block while it is streamed."""
+    is_sealed: bool = False
+    """All its tokens are written and their iterations have finished."""
+    move: Literal["in", "out"] | None = None
+    """The copy that is under way."""
+    owners: list[tuple[Sequence, int]] = field(default_factory=list)
+    """Sequences that share the block, and its index in their tables."""
+    key: tuple[BlockId | None, tuple[int, ...]] | None = None
+    """Entry in the prefix index."""
+
+    @property
+    def is_resident(self) -> bool:
+        return self.device_slot is not None and self.move != "in"
+
+    @property
+    def is_clean(self) -> bool:
+        """The pooled copy is complete."""
+        return self.host_slot is not None and self.move != "out"
+
+    @property
+    def is_streamed(self) -> bool:
+        return self.staging_slot is not None
+
+    @property
+    def read_slot(self) -> DeviceSlot | None:
+        """The slot that a block table holds for it; None while it is only pooled."""
+        return self.device_slot if self.is_resident else self.staging_slot
+
+
+class ResidencyMap:
+    """All blocks of one engine and the three pools of slots that hold them.
+
+    A slot is freed when no issued iteration can touch it any more: it waits in limbo,
+    stamped with the newest launch, until that launch has settled.
+    """
+
+    def __init__(
+        self, *, device_slots: int, host_slots: int, staging_slots: int, first_staging_slot: int
+    ) -> None:
+        self.device = SlotPool("device", device_slots)
+        self.host = SlotPool("host", host_slots)
+        self.staging = SlotPool("staging", staging_slots, first=first_staging_slot)
+        self.blocks: dict[BlockId, Block] = {}
+        self.streamed: dict[BlockId, Block] = {}
+        self.clean_resident: OrderedDict[BlockId, Block] = OrderedDict()
+        """Resident blocks that also have a pooled copy: free to demote, and their host slots
+        can be taken back."""
+        self.moving_out = 0
+        self.moving_in = 0
+        self.prefixes: dict[tuple[BlockId | None, tuple[int, ...]], Block] = {}
+        self._limbo: deque[tuple[int, SlotPool, int]] = deque()
+        self._device_in_limbo = 0
+        self._last_launch = 0
+        self._last_settled = 0
+        self._next_id = 1
+        self.staging_changed = True
+        """Whether the set of streamed blocks changed since `staging_runs` was read."""
+
+    # --- time ---------------------------------------------------------------------------
+
+    def launched(self, iteration: int) -> None:
+        """An iteration that may touch any slot mapped now has been issued."""
+        self._last_launch = iteration
+
+    def settled(self, iteration: int) -> None:
+        """That iteration and all before it are over."""
+        self._last_settled = iteration
+        while self._limbo and self._limbo[0][0] <= iteration:
+            _, pool, slot = self._limbo.popleft()
+            pool.give_back(slot)
+            self._device_in_limbo -= pool is self.device
+
+    def _retire(self, pool: SlotPool, slot: int) -> None:
+        if self._last_launch <= self._last_settled:
+            pool.give_back(slot)
+        else:
+            self._limbo.append((self._last_launch, pool, slot))
+            self._device_in_limbo += pool is self.device
+
+    def limbo_slots(self, pool: SlotPool) -> list[int]:
+        return [slot for _, owner, slot in self._limbo if owner is pool]
+
+    # --- capacity -------------------------------------------------------------------------
+
+    @property
+    def free_device(self) -> int:
+        return self.device.num_free
+
+    @property
+    def coming_device(self) -> int:
+        """Device slots that become free without another decision."""
+        return self.moving_out + self._device_in_limbo
+
+    @property
+    def num_streamed(self) -> int:
+        return len(self.streamed)
+
+    @property
+    def available_host(self) -> int:
+        """Host slots free now or holding spare copies of resident blocks."""
+        return self.host.num_free + len(self.clean_resident)
+
+    # --- blocks -----------------------------------------------------------------------------
+
+    def allocate(self) -> Block | None:
+        """A new resident block, not sealed, owned by nobody yet; None if no slot is free."""
+        slot = self.device.take()
+        if slot is None:
+            return None
+        block = Block(BlockId(self._next_id), device_slot=DeviceSlot(slot))
+        self._next_id += 1
+        self.blocks[block.id] = block
+        return block
+
+    def release(self, block: Block, owner: Sequence) -> None:
+        """`owner` no longer needs the block; without owners it is freed, or, while a copy of
+        it is under way, when that copy ends."""
+        block.owners = [pair for pair in block.owners if pair[0] is not owner]
+        if not block.owners and block.move is None:
+            self._free(block)
+
+    def _free(self, block: Block) -> None:
+        self._forget_prefix(block)
+        self._unstage(block)
+        self.clean_resident.pop(block.id, None)
+        if block.device_slot is not None:
+            self._retire(self.device, block.device_slot)
+        if block.host_slot is not None:
+            self._retire(self.host, block.host_slot)
+        del self.blocks[block.id]
+
+    def reopen(self, block: Block) -> None:
+        """A tail block will be written again: a pooled copy of it would lag, so it goes."""
+        assert not block.is_sealed and block.move is None
+        self._drop_copy(block)
+
+    def _drop_copy(self, block: Block) -> None:
+        if block.host_slot is not None:
+            self.clean_resident.pop(block.id, None)
+            self._retire(self.host, block.host_slot)
+            block.host_slot = None
+
+    # --- prefixes -----------------------------------------------------------------------------
+
+    def remember_prefix(self, block: Block, parent: Block | None, tokens: tuple[int, ...]) -> None:
+        """Let later sequences with the same leading tokens share this block."""
+        key = (parent.id if parent else None, tokens)
+        if key not in self.prefixes:
+            self.prefixes[key] = block
+            block.key = key
+
+    def find_prefix(self, parent: Block | None, tokens: tuple[int, ...]) -> Block | None:
+        return self.prefixes.get((parent.id if parent else None, tokens))
+
+    def _forget_prefix(self, block: Block) -> None:
+        if block.key is not None:
+            del self.prefixes[block.key]
+            block.key = None
+
+    # --- moves ----------------------------------------------------------------------------------
+
+    def demote(self, block: Block, *, is_streamed: bool) -> BlockMove | None:
+        """Move a block's home to the pool; as a streamed block it gets a staging slot.
+
+        A clean block moves at once and for free. Otherwise returns the copy to do; until
+        `finish_demote` the block stays readable in its device slot. The caller has checked
+        `can_demote`.
+        """
+        if is_streamed and block.staging_slot is None:
+            self._stage(block)
+        if block.is_clean:
+            self._leave_device(block)
+            return None
+        host_slot = self._take_host()
+        assert host_slot is not None and block.device_slot is not None
+        block.host_slot = host_slot
+        block.move = "out"
+        self.moving_out += 1
+        return BlockMove(block.id, block.device_slot, host_slot)
+
+    def can_demote(self, block: Block, *, is_streamed: bool) -> bool:
+        if block.move is not None or not block.is_resident:
+            return False
+        if is_streamed and self.staging.num_free == 0:
+            return False
+        return block.is_clean or self._can_take_host()
+
+    def finish_demote(self, block_id: BlockId) -> None:
+        """The copy out is complete."""
+        block = self.blocks[block_id]
+        block.move = None
+        self.moving_out -= 1
+        if block.owners:
+            self._leave_device(block)
+        else:
+            self._free(block)
+
+    def _leave_device(self, block: Block) -> None:
+        assert block.device_slot is not None
+        self.clean_resident.pop(block.id, None)
+        self._retire(self.device, block.device_slot)
+        block.device_slot = None
+        self._mark_moved(block)
+
+    def begin_promote(self, block: Block) -> BlockMove | None:
+        """Start moving a pooled block back to stay; None if no device slot is free."""
+        assert block.is_clean and block.device_slot is None and block.host_slot is not None
+        slot = self.device.take()
+        if slot is None:
+            return None
+        block.device_slot = DeviceSlot(slot)
+        block.move = "in"
+        self.moving_in += 1
+        return BlockMove(block.id, block.device_slot, block.host_slot)
+
+    def finish_promote(self, block_id: BlockId) -> None:
+        """The copy in is complete; the pooled copy stays, as a clean one."""
+        block = self.blocks[block_id]
+        block.move = None
+        self.moving_in -= 1
+        if not block.owners:
+            self._free(block)
+            return
+        self._unstage(block)
+        self.clean_resident[block.id] = block
+        self._mark_moved(block)
+
+    def _mark_moved(self, block: Block) -> None:
+        for seq, index in block.owners:
+            if seq.dirty_from is None or index < seq.dirty_from:
+                seq.dirty_from = index
+
+    # --- staging ------------------------------------------------------------------------------
+
+    def stage(self, block: Block) -> bool:
+        """Make a pooled block streamed; False if the staging ring is full."""
+        if self.staging.num_free == 0:
+            return False
+        self._stage(block)
+        self._mark_moved(block)
+        return True
+
+    def unstage(self, block: Block) -> None:
+        """Stop streaming a pooled block (its sequences do not run)."""
+        self._unstage(block)
+
+    def _stage(self, block: Block) -> None:
+        slot = self.staging.take()
+        assert slot is not None
+        block.staging_slot = DeviceSlot(slot)
+        self.streamed[block.id] = block
+        self.staging_changed = True
+
+    def _unstage(self, block: Block) -> None:
+        if block.staging_slot is not None:
+            self._retire(self.staging, block.staging_slot)
+            block.staging_slot = None
+            del self.streamed[block.id]
+            self.staging_changed = True
+
+    # --- host slots -----------------------------------------------------------------------------
+
+    def _can_take_host(self) -> bool:
+        return self.host.num_free > 0 or bool(
+            self.clean_resident and self._last_launch <= self._last_settled
+        )
+
+    def _take_host(self) -> HostSlot | None:
+        slot = self.host.take()
+        if slot is None and self.clean_resident:
+            self._drop_copy(next(iter(self.clean_resident.values())))
+            slot = self.host.take()
+        return None if slot is None else HostSlot(slot)
+
+    def reclaim_host(self, wanted: int) -> None:
+        """Drop spare copies of resident blocks until `wanted` host slots are or become free."""
+        while self.clean_resident and self.host.num_free < wanted:
+            self._drop_copy(next(iter(self.clean_resident.values())))
+            wanted -= 1

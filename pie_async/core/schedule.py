@@ -1,0 +1,329 @@
+"""The scheduler's state, and what messages do to it.
+
+Facts and commands come in through the methods below; what to do next comes out of
+`batching.plan_iteration`. Nothing here waits or touches a device.
+"""
+
+from __future__ import annotations
+
+import heapq
+from bisect import insort
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from operator import attrgetter
+
+from pie_async.core.residency import Block, ResidencyMap
+from pie_async.core.sequence import Sequence, State
+from pie_async.core.slots import SlotPool
+from pie_async.ids import BlockId, IterationId, Lane, SequenceId
+from pie_async.messages import Advance, Row, SampledToken, Submit
+from pie_async.outputs import FinishReason
+
+_by_order = attrgetter("order")
+
+
+@dataclass(slots=True)
+class Launched:
+    """An iteration that was issued and has not settled."""
+
+    iteration: IterationId
+    rows: tuple[Row, ...]
+    decode_rows: int
+    prefill_tokens: int
+    streamed_blocks: int
+    wanted_blocks: int
+    is_staged: bool
+
+
+@dataclass(slots=True)
+class Counts:
+    """Totals since the start."""
+
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    output_tokens: int = 0
+    sequences_finished: int = 0
+    sequences_cancelled: int = 0
+    preemptions_parked: int = 0
+    preemptions_recomputed: int = 0
+    demotions: int = 0
+    promotions: int = 0
+
+
+@dataclass(slots=True)
+class Schedule:
+    """All sequences of one engine, in their queues."""
+
+    residency: ResidencyMap
+    block_tokens: int
+    token_budget: int
+    max_running: int
+    eos_ids: frozenset[int]
+    shares_prefixes: bool = True
+    streamed_limit: int = 0
+    """Blocks that may be streamed, as the governor says."""
+
+    sequences: dict[SequenceId, Sequence] = field(default_factory=dict)
+    running: list[Sequence] = field(default_factory=list)
+    """In serving order."""
+    resuming: list[Sequence] = field(default_factory=list)
+    parked: list[Sequence] = field(default_factory=list)
+    """In serving order."""
+    in_flight: deque[Launched] = field(default_factory=deque)
+    counts: Counts = field(default_factory=Counts)
+    lanes: SlotPool = field(init=False)
+    is_starved: bool = False
+    """Whether a running sequence found no device slot for its next tokens."""
+    waiting_blocks: int = 0
+    """Blocks that the waiting sequences' tokens need."""
+    num_waiting: int = 0
+    _waiting: list[tuple[tuple[int, int], Sequence]] = field(default_factory=list)
+    _followers: dict[SequenceId, list[Sequence]] = field(default_factory=dict)
+    _arrivals: int = 0
+
+    def __post_init__(self) -> None:
+        self.lanes = SlotPool("lane", self.max_running)
+
+    # --- commands ---------------------------------------------------------------------------
+
+    def submit(self, command: Submit) -> None:
+        """Queue a request's sequences. All but the first follow it: they start when its
+        prompt is computed, and share its blocks."""
+        leader: Sequence | None = None
+        for index, sequence_id in enumerate(command.sequences):
+            seq = Sequence(
+                id=sequence_id,
+                request=command.request,
+                prompt_len=len(command.prompt_tokens),
+                tokens=list(command.prompt_tokens),
+                sampling=command.sampling,
+                seed=command.seed + index,
+                max_tokens=command.max_tokens,
+                order=(command.priority, self._arrivals),
+            )
+            self._arrivals += 1
+            self.sequences[seq.id] = seq
+            if leader is None or not self._may_share(seq):
+                self._enqueue(seq)
+                leader = leader or seq
+            else:
+                self.num_waiting += 1
+                self._followers.setdefault(leader.id, []).append(seq)
+
+    def cancel(self, sequences: Iterable[SequenceId], reason: FinishReason) -> list[Advance]:
+        """End these sequences now; unknown and finished ones are passed over."""
+        advances = []
+        for sequence_id in sequences:
+            seq = self.sequences.get(sequence_id)
+            if seq is not None:
+                self.finish(seq, reason)
+                advances.append(Advance(sequence_id, None, reason))
+        return advances
+
+    # --- facts ------------------------------------------------------------------------------
+
+    def settle(
+        self, iteration: IterationId, sampled: Iterable[SampledToken]
+    ) -> tuple[Launched, list[Advance]]:
+        """An iteration is over: its KV is written and these are its tokens."""
+        launched = self.in_flight.popleft()
+        assert launched.iteration == iteration, f"iteration {iteration} settled out of order"
+        self.residency.settled(iteration)
+        for row in launched.rows:
+            seq = self.sequences.get(row.sequence)
+            if seq is not None:
+                seq.launches_in_flight -= 1
+                seq.num_settled = row.start + row.num_tokens
+                if seq.num_settled // self.block_tokens > seq.num_sealed:
+                    self._seal(seq)
+        advances = []
+        for token in sampled:
+            seq = self.sequences.get(token.sequence)
+            if seq is not None:
+                advances.append(self._advance(seq, token))
+        return launched, advances
+
+    def swapped_out(self, blocks: Iterable[BlockId]) -> None:
+        for block in blocks:
+            self.residency.finish_demote(block)
+            self.counts.demotions += 1
+
+    def swapped_in(self, blocks: Iterable[BlockId]) -> None:
+        for block in blocks:
+            self.residency.finish_promote(block)
+            self.counts.promotions += 1
+        for seq in [s for s in self.resuming if is_readable(s)]:
+            self.resuming.remove(seq)
+            self.start(seq)
+
+    # --- queues -------------------------------------------------------------------------------
+
+    @property
+    def is_idle(self) -> bool:
+        return not self.sequences
+
+    @property
+    def has_moves(self) -> bool:
+        """Whether copies that free or fill slots are under way."""
+        return self.residency.moving_in > 0 or self.residency.moving_out > 0
+
+    @property
+    def num_parked_blocks(self) -> int:
+        """Blocks of parked sequences that lie in the pool alone."""
+        return sum(block.device_slot is None for seq in self.parked for block in seq.table)
+
+    def next_waiting(self) -> Sequence | None:
+        while self._waiting and self._waiting[0][1].state is not State.WAITING:
+            heapq.heappop(self._waiting)  # cancelled while it waited
+        return self._waiting[0][1] if self._waiting else None
+
+    def start(self, seq: Sequence) -> None:
+        """Let a waiting or resuming sequence run."""
+        if seq.state is State.WAITING:
+            heapq.heappop(self._waiting)
+            self._leave_queue(seq)
+        seq.move_to(State.RUNNING)
+        lane = self.lanes.take()
+        assert lane is not None
+        seq.lane = Lane(lane)
+        seq.is_bound = False
+        if seq.table and not seq.table[-1].is_sealed:
+            self.residency.reopen(seq.table[-1])
+        insort(self.running, seq, key=_by_order)
+
+    def park(self, seq: Sequence) -> None:
+        """Preempt a running sequence and keep its KV."""
+        self._leave_lane(seq)
+        seq.move_to(State.PARKED)
+        insort(self.parked, seq, key=_by_order)
+        seq.demote_from = 0
+        for block in seq.table:
+            if block.is_streamed and not is_read_by_running(block):
+                self.residency.unstage(block)
+        self.counts.preemptions_parked += 1
+
+    def resume(self, seq: Sequence) -> None:
+        """Its copies are under way; `swapped_in` will start it."""
+        seq.move_to(State.RESUMING)
+        self.parked.remove(seq)
+        self.resuming.append(seq)
+
+    def drop(self, seq: Sequence) -> None:
+        """Give up a parked sequence's KV: all its tokens will be computed again.
+
+        Its iterations have settled, so no token is on its way to it.
+        """
+        assert seq.launches_in_flight == 0
+        self.parked.remove(seq)
+        self._release_table(seq)
+        seq.num_launched = seq.num_settled = seq.num_sealed = 0
+        seq.move_to(State.WAITING)
+        self._enqueue(seq)
+        self.counts.preemptions_parked -= 1
+        self.counts.preemptions_recomputed += 1
+
+    def finish(self, seq: Sequence, reason: FinishReason) -> None:
+        """Take a sequence out of its queue and its memory back."""
+        state = seq.state
+        if state is State.RUNNING:
+            self._leave_lane(seq)
+        elif state is State.PARKED:
+            self.parked.remove(seq)
+        elif state is State.RESUMING:
+            self.resuming.remove(seq)
+        else:
+            self._leave_queue(seq)
+        seq.move_to(State.FINISHED)
+        self._release_table(seq)
+        del self.sequences[seq.id]
+        self._free_followers(seq)
+        self.counts.sequences_finished += 1
+        self.counts.sequences_cancelled += reason == "cancelled"
+
+    def _enqueue(self, seq: Sequence) -> None:
+        heapq.heappush(self._waiting, (seq.order, seq))
+        self.num_waiting += 1
+        self.waiting_blocks += self._blocks_for(len(seq.tokens))
+
+    def _leave_queue(self, seq: Sequence) -> None:
+        self.num_waiting -= 1
+        if not self._is_follower(seq):
+            self.waiting_blocks -= self._blocks_for(len(seq.tokens))
+
+    def _leave_lane(self, seq: Sequence) -> None:
+        assert seq.lane is not None
+        self.running.remove(seq)
+        self.lanes.give_back(seq.lane)
+        seq.lane = None
+
+    def _release_table(self, seq: Sequence) -> None:
+        for block in seq.table:
+            self.residency.release(block, seq)
+        seq.table.clear()
+        seq.dirty_from = None
+
+    # --- followers ----------------------------------------------------------------------------
+
+    def _may_share(self, seq: Sequence) -> bool:
+        return self.shares_prefixes and seq.sampling.prompt_logprobs is None
+
+    def _is_follower(self, seq: Sequence) -> bool:
+        return any(seq in followers for followers in self._followers.values())
+
+    def _free_followers(self, leader: Sequence) -> None:
+        for seq in self._followers.pop(leader.id, ()):
+            if seq.state is State.WAITING:
+                self.num_waiting -= 1
+                self._enqueue(seq)
+
+    # --- settling -----------------------------------------------------------------------------
+
+    def _blocks_for(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.block_tokens)
+
+    def _seal(self, seq: Sequence) -> None:
+        size = self.block_tokens
+        for index in range(seq.num_sealed, seq.num_settled // size):
+            block = seq.table[index]
+            block.is_sealed = True
+            if self.shares_prefixes and (index + 1) * size <= len(seq.tokens):
+                parent = seq.table[index - 1] if index else None
+                tokens = tuple(seq.tokens[index * size : (index + 1) * size])
+                self.residency.remember_prefix(block, parent, tokens)
+        seq.num_sealed = seq.num_settled // size
+        if seq.id in self._followers and seq.num_settled >= (seq.prompt_len - 1) // size * size:
+            self._free_followers(seq)
+
+    def _advance(self, seq: Sequence, token: SampledToken) -> Advance:
+        seq.tokens.append(token.token)
+        seq.samples_in_flight -= 1
+        self.counts.output_tokens += 1
+        cached = seq.num_cached_tokens if seq.num_outputs == 1 else 0
+        if seq.id in self._followers:
+            self._free_followers(seq)
+        reason, stop_token = self._end(seq, token.token)
+        if reason is not None:
+            self.finish(seq, reason)
+        return Advance(seq.id, token, reason, stop_token, cached)
+
+    def _end(self, seq: Sequence, token: int) -> tuple[FinishReason | None, int | None]:
+        """Why this token is the last one, and the stop token id if it is one of those."""
+        sampling = seq.sampling
+        if seq.num_outputs >= sampling.min_tokens:
+            if token in self.eos_ids and not sampling.ignore_eos:
+                return "stop", None
+            if token in sampling.stop_token_ids:
+                return "stop", token
+        if seq.num_outputs >= seq.max_tokens:
+            return "length", None
+        return None, None
+
+
+def is_readable(seq: Sequence) -> bool:
+    """Whether an iteration could read all of its blocks."""
+    return all(block.read_slot is not None for block in seq.table)
+
+
+def is_read_by_running(block: Block) -> bool:
+    return any(seq.state in (State.RUNNING, State.RESUMING) for seq, _ in block.owners)

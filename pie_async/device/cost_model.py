@@ -1,0 +1,331 @@
+"""What an iteration and a copy cost on named hardware, and what pooling can gain there.
+
+A roofline with three measured corrections (H200, Llama-3.1-8B shape, batch 64, context
+1,024: 7.25 ms where the roofline says 5.6): a share of the roofline that kernels reach, a
+fixed cost per layer, and the HBM traffic of staging beside compute.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import TypeVar
+
+import msgspec
+
+from pie_async.config import GIB
+from pie_async.errors import ConfigError
+
+
+class Gpu(msgspec.Struct, frozen=True, kw_only=True):
+    """A GPU as seen by a roofline."""
+
+    name: str
+    memory_bytes: int
+    hbm_bytes_per_s: float
+    """What a large copy reaches, read plus write; below the data sheet."""
+    flops_per_s: Mapping[int, float]
+    """Dense matrix peak by bytes per weight: 1, 2 and 4 (TF32)."""
+    efficiency: float = 0.8
+    """Share of the roofline that kernels reach."""
+    layer_overhead_s: float = 6e-6
+    """Per layer: kernel boundaries and a graph launch."""
+    iteration_overhead_s: float = 50e-6
+    """Per iteration: embedding, sampling, tokens to the host."""
+    staging_traffic: float = 1.6
+    """HBM bytes a staged byte costs compute beside it: its write, and interference."""
+
+
+class Link(msgspec.Struct, frozen=True, kw_only=True):
+    """The way between the host pool and the device, one direction."""
+
+    name: str
+    bytes_per_s: float
+    latency_s: float
+    """Fixed cost of one copy command."""
+    run_s: float
+    """Cost of every contiguous run in a copy; what makes small blocks slow."""
+
+
+class ModelShape(msgspec.Struct, frozen=True, kw_only=True):
+    """A decoder's sizes, as far as time depends on them."""
+
+    num_layers: int
+    hidden_size: int
+    num_heads: int
+    kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    vocab_size: int
+    is_gated: bool = True
+    """Three MLP matrices (Llama, Qwen) rather than two (OPT)."""
+    weight_item_bytes: int = 2
+    kv_item_bytes: int = 2
+
+    @property
+    def layer_parameters(self) -> int:
+        """Matrix parameters of one layer."""
+        attention = self.hidden_size * self.head_dim * 2 * (self.num_heads + self.kv_heads)
+        mlp = (3 if self.is_gated else 2) * self.hidden_size * self.intermediate_size
+        return attention + mlp
+
+    @property
+    def head_parameters(self) -> int:
+        return self.hidden_size * self.vocab_size
+
+    @property
+    def weight_bytes(self) -> int:
+        """Weights read by a decode iteration: all layers and the output head."""
+        parameters = self.num_layers * self.layer_parameters + self.head_parameters
+        return parameters * self.weight_item_bytes
+
+    @property
+    def token_layer_kv_bytes(self) -> int:
+        """KV of one token in one layer."""
+        return 2 * self.kv_heads * self.head_dim * self.kv_item_bytes
+
+
+class Work(msgspec.Struct, frozen=True, gc=False):
+    """What an iteration has to do, summed over its rows."""
+
+    fed_tokens: int
+    read_tokens: int
+    """Tokens whose KV attention reads: every row's context."""
+    attended_tokens: float
+    """Query-key pairs: for every fed token, the tokens it attends to."""
+    sampled_rows: int
+
+    @classmethod
+    def decode(cls, batch: int, context: int) -> Work:
+        """`batch` sequences with `context` tokens each, one new token for each."""
+        return cls(batch, batch * context, batch * context, batch)
+
+
+class CostModel(msgspec.Struct, frozen=True, kw_only=True):
+    """Seconds for what a device does with one model."""
+
+    gpu: Gpu
+    link: Link
+    shape: ModelShape
+
+    def layer_s(self, work: Work, staged_bytes: int = 0) -> float:
+        """One layer of an iteration, while `staged_bytes` of KV are copied in for one."""
+        gpu, shape = self.gpu, self.shape
+        peak = gpu.flops_per_s[shape.weight_item_bytes]
+        matrices_s = self._matrix_s(shape.layer_parameters, work.fed_tokens)
+        attention_s = max(
+            work.read_tokens * shape.token_layer_kv_bytes / gpu.hbm_bytes_per_s,
+            4 * work.attended_tokens * shape.num_heads * shape.head_dim / peak,
+        )
+        staging_s = gpu.staging_traffic * staged_bytes / gpu.hbm_bytes_per_s
+        return (matrices_s + attention_s + staging_s) / gpu.efficiency + gpu.layer_overhead_s
+
+    def head_s(self, work: Work) -> float:
+        """The output head, sampling, and everything else that an iteration has once."""
+        head_s = self._matrix_s(self.shape.head_parameters, work.sampled_rows)
+        return head_s / self.gpu.efficiency + self.gpu.iteration_overhead_s
+
+    def iteration_s(self, work: Work, staged_bytes: int = 0) -> float:
+        """A whole iteration that never waits; `staged_bytes` over all layers."""
+        layers = self.shape.num_layers
+        return layers * self.layer_s(work, staged_bytes // layers) + self.head_s(work)
+
+    def copy_s(self, num_bytes: int, num_runs: int) -> float:
+        """One copy command of this many contiguous runs, either direction."""
+        link = self.link
+        return link.latency_s + num_runs * link.run_s + num_bytes / link.bytes_per_s
+
+    def roofline_s(self, work: Work) -> float:
+        """What the hardware would need at best: no overheads, everything overlapped."""
+        kv_bytes = work.read_tokens * self.shape.token_layer_kv_bytes * self.shape.num_layers
+        return (self.shape.weight_bytes + kv_bytes) / self.gpu.hbm_bytes_per_s
+
+    def _matrix_s(self, parameters: int, tokens: int) -> float:
+        """A matrix product of `tokens` rows: reading the weights, or multiplying them."""
+        if not tokens:
+            return 0.0
+        item_bytes = self.shape.weight_item_bytes
+        return max(
+            parameters * item_bytes / self.gpu.hbm_bytes_per_s,
+            2 * parameters * tokens / self.gpu.flops_per_s[item_bytes],
+        )
+
+
+class PoolingBound(msgspec.Struct, frozen=True):
+    """The most that streaming KV can bring a decode iteration, by arithmetic alone."""
+
+    streamed_bytes: float
+    """KV that hides behind one iteration."""
+    expansion_ratio: float
+    throughput_gain: float
+    """Of decode-only iterations; the larger batch also takes longer."""
+
+
+def pooling_bound(
+    weight_bytes: float, kv_bytes: float, link_to_hbm: float, *, is_staged: bool = True
+) -> PoolingBound:
+    """The bound of streaming `O` bytes beside weights `W` and resident KV `K`.
+
+    An iteration takes at least (W + K + c O) / B_hbm, with c = 2 where staged bytes are
+    written to HBM first and c = 1 where attention reads the pool in place; O hides while
+    O <= B_link x that time.
+
+    Args:
+        weight_bytes: W, read once per iteration.
+        kv_bytes: K, resident and read once per iteration.
+        link_to_hbm: r = B_link / B_hbm.
+        is_staged: whether streamed KV passes through HBM.
+    """
+    crossings = 2 if is_staged else 1
+    resident_bytes = weight_bytes + kv_bytes
+    if crossings * link_to_hbm >= 1:
+        return PoolingBound(math.inf, math.inf, resident_bytes / (crossings * kv_bytes))
+    streamed_bytes = link_to_hbm * resident_bytes / (1 - crossings * link_to_hbm)
+    ratio = (kv_bytes + streamed_bytes) / kv_bytes
+    gain = ratio * resident_bytes / (resident_bytes + crossings * streamed_bytes)
+    return PoolingBound(streamed_bytes, ratio, gain)
+
+
+# --- named hardware and models --------------------------------------------------------------
+
+GPUS: Mapping[str, Gpu] = {
+    gpu.name: gpu
+    for gpu in (
+        # measured: 4.1-4.2 TB/s of the 4.8 on the sheet; the others keep that share (0.875)
+        Gpu(
+            name="h200",
+            memory_bytes=141_000_000_000,
+            hbm_bytes_per_s=4.2e12,
+            flops_per_s={1: 1979e12, 2: 989e12, 4: 494e12},
+        ),
+        Gpu(
+            name="h100",
+            memory_bytes=80 * GIB,
+            hbm_bytes_per_s=2.93e12,
+            flops_per_s={1: 1979e12, 2: 989e12, 4: 494e12},
+        ),
+        Gpu(
+            name="gh200",
+            memory_bytes=96_000_000_000,
+            hbm_bytes_per_s=3.5e12,
+            flops_per_s={1: 1979e12, 2: 989e12, 4: 494e12},
+        ),
+        Gpu(
+            name="b200",
+            memory_bytes=180_000_000_000,
+            hbm_bytes_per_s=7.0e12,
+            flops_per_s={1: 4500e12, 2: 2250e12, 4: 1100e12},
+        ),
+        Gpu(
+            name="a100",
+            memory_bytes=80 * GIB,
+            hbm_bytes_per_s=1.78e12,
+            flops_per_s={1: 312e12, 2: 312e12, 4: 156e12},
+        ),
+        Gpu(
+            name="l40s",
+            memory_bytes=48 * GIB,
+            hbm_bytes_per_s=0.756e12,
+            flops_per_s={1: 733e12, 2: 366e12, 4: 183e12},
+        ),
+        Gpu(
+            name="rtx4090",
+            memory_bytes=24 * GIB,
+            hbm_bytes_per_s=0.88e12,
+            flops_per_s={1: 330e12, 2: 165e12, 4: 83e12},
+        ),
+    )
+}
+
+LINKS: Mapping[str, Link] = {
+    link.name: link
+    for link in (
+        Link(name="pcie3", bytes_per_s=12.4e9, latency_s=4e-6, run_s=0.55e-6),
+        Link(name="pcie4", bytes_per_s=26e9, latency_s=4e-6, run_s=0.55e-6),
+        # measured: 55.4 GB/s contiguous; batched 64 KiB blocks 38 GB/s, 1 MiB blocks 53
+        Link(name="pcie5", bytes_per_s=55.4e9, latency_s=4e-6, run_s=0.55e-6),
+        # measured between two H200s
+        Link(name="nvlink", bytes_per_s=393e9, latency_s=4e-6, run_s=0.2e-6),
+        # published for GH200: 377-419 GB/s to the GPU
+        Link(name="nvlink-c2c", bytes_per_s=400e9, latency_s=4e-6, run_s=0.2e-6),
+    )
+}
+
+SHAPES: Mapping[str, ModelShape] = {
+    "tiny": ModelShape(
+        num_layers=4,
+        hidden_size=256,
+        num_heads=4,
+        kv_heads=2,
+        head_dim=64,
+        intermediate_size=1024,
+        vocab_size=1024,
+    ),
+    "opt-13b": ModelShape(
+        num_layers=40,
+        hidden_size=5120,
+        num_heads=40,
+        kv_heads=40,
+        head_dim=128,
+        intermediate_size=20480,
+        vocab_size=50272,
+        is_gated=False,
+    ),
+    "llama-3.1-8b": ModelShape(
+        num_layers=32,
+        hidden_size=4096,
+        num_heads=32,
+        kv_heads=8,
+        head_dim=128,
+        intermediate_size=14336,
+        vocab_size=128256,
+    ),
+    "llama-3.1-70b": ModelShape(
+        num_layers=80,
+        hidden_size=8192,
+        num_heads=64,
+        kv_heads=8,
+        head_dim=128,
+        intermediate_size=28672,
+        vocab_size=128256,
+    ),
+    "qwen2.5-32b": ModelShape(
+        num_layers=64,
+        hidden_size=5120,
+        num_heads=40,
+        kv_heads=8,
+        head_dim=128,
+        intermediate_size=27648,
+        vocab_size=152064,
+    ),
+}
+
+_Named = TypeVar("_Named")
+
+
+def gpu_named(name: str, *, option: str = "sim_gpu") -> Gpu:
+    """The GPU of this name.
+
+    Raises:
+        ConfigError: unknown; lists the known ones.
+    """
+    return _named(GPUS, name, "GPU", option)
+
+
+def link_named(name: str, *, option: str = "sim_link") -> Link:
+    """The link of this name; raises ConfigError as `gpu_named`."""
+    return _named(LINKS, name, "link", option)
+
+
+def shape_named(name: str, *, option: str = "model") -> ModelShape:
+    """The model shape of this name; raises ConfigError as `gpu_named`."""
+    return _named(SHAPES, name, "model shape", option)
+
+
+def _named(known: Mapping[str, _Named], name: str, kind: str, option: str) -> _Named:
+    try:
+        return known[name]
+    except KeyError:
+        raise ConfigError(
+            f"there is no {kind} named {name!r}; known are {', '.join(known)}", option=option
+        ) from None

@@ -1,0 +1,334 @@
+"""The CPU as a device: real tensors, every hazard of a GPU.
+
+Each stream is a thread that works first in, first out; events order them for real; the link
+is a copy of limited rate. Memory for staging is shared between layers as on a GPU, so a
+missing wait corrupts text here too, and in debug mode a staging buffer turns to NaN as soon
+as it may be overwritten.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import threading
+import time
+from collections.abc import Callable, Sequence
+from queue import SimpleQueue
+from typing import TYPE_CHECKING
+
+import torch
+
+from pie_async.core.layout import KvLayout
+from pie_async.device.aliased_arena import AliasedArena
+from pie_async.device.protocol import MemoryPlan, Span
+from pie_async.errors import DeviceFault
+from pie_async.messages import (
+    BlockMove,
+    CopyRun,
+    PromptLogprobs,
+    RunIteration,
+    SampledToken,
+)
+
+if TYPE_CHECKING:
+    from pie_async.model.runner import ModelPass, ModelRunner
+
+Work = Callable[[], None]
+Listener = Callable[["CpuEvent"], None]
+
+
+class CpuEvent:
+    """A point in a stream's order, with what the stream had done by then."""
+
+    __slots__ = ("_fired", "_listener", "_lock", "busy_s", "fault", "stream", "waited_s")
+
+    def __init__(self, stream: CpuStream) -> None:
+        self.stream = stream
+        self.busy_s = 0.0
+        self.waited_s = 0.0
+        self.fault: BaseException | None = None
+        self._fired = threading.Event()
+        self._listener: Listener | None = None
+        self._lock = threading.Lock()
+
+    def fire(self, *, busy_s: float, waited_s: float, fault: BaseException | None) -> None:
+        self.busy_s, self.waited_s, self.fault = busy_s, waited_s, fault
+        with self._lock:
+            self._fired.set()
+            listener = self._listener
+        if listener is not None:
+            listener(self)
+
+    @property
+    def has_fired(self) -> bool:
+        return self._fired.is_set()
+
+    def wait(self) -> None:
+        self._fired.wait()
+
+    def listen(self, listener: Listener) -> None:
+        """Call once after firing, from whichever thread comes second."""
+        with self._lock:
+            has_fired = self._fired.is_set()
+            self._listener = listener
+        if has_fired:
+            listener(self)
+
+
+class CpuStream:
+    """A thread that does its work in order.
+
+    After a failure nothing more is done: the events behind it fire with the fault, as a CUDA
+    context's do once an error sticks.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._work: SimpleQueue[Work | None] = SimpleQueue()
+        self._busy_s = 0.0
+        self._waited_s = 0.0
+        self._fault: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name=f"pie-{name}", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def close(self) -> None:
+        self._work.put(None)
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def put(self, work: Work) -> None:
+        """Issue work."""
+
+        def timed() -> None:
+            if self._fault is None:
+                began_s = time.perf_counter()
+                try:
+                    work()
+                except Exception as error:  # surfaces at the next event
+                    self._fault = error
+                self._busy_s += time.perf_counter() - began_s
+
+        self._work.put(timed)
+
+    def record(self) -> CpuEvent:
+        event = CpuEvent(self)
+        self._work.put(
+            lambda: event.fire(busy_s=self._busy_s, waited_s=self._waited_s, fault=self._fault)
+        )
+        return event
+
+    def wait(self, event: CpuEvent) -> None:
+        if event.has_fired and event.fault is None:
+            return
+
+        def wait() -> None:
+            began_s = time.perf_counter()
+            event.wait()
+            self._waited_s += time.perf_counter() - began_s
+            self._fault = self._fault or event.fault
+
+        self._work.put(wait)
+
+    def _run(self) -> None:
+        with torch.inference_mode():
+            while (work := self._work.get()) is not None:
+                work()
+
+
+class CpuPass:
+    """One iteration on its way through the compute stream."""
+
+    def __init__(self, command: RunIteration) -> None:
+        self.command = command
+        self.model_pass: ModelPass | None = None
+
+    @property
+    def sampled(self) -> tuple[SampledToken, ...]:
+        assert self.model_pass is not None
+        return self.model_pass.sampled
+
+    @property
+    def prompt_logprobs(self) -> tuple[PromptLogprobs, ...]:
+        assert self.model_pass is not None
+        return self.model_pass.prompt_logprobs
+
+
+class CpuDevice:
+    """Implements `device/protocol.py` with threads.
+
+    The caller builds the model runner over `arena.layers` and hands it in with `load`.
+    """
+
+    def __init__(
+        self,
+        layout: KvLayout,
+        *,
+        device_slots: int,
+        host_slots: int,
+        dtype: torch.dtype,
+        link_bytes_per_s: float | None = None,
+        poisons: bool = False,
+    ) -> None:
+        """Set memory aside; pages are committed as they are used.
+
+        Args:
+            dtype: of the KV.
+            link_bytes_per_s: rate of the host link in each direction; None: no limit.
+            poisons: overwrite staging buffers with NaN once they have been read.
+        """
+        self.arena = AliasedArena(
+            layout, device_slots=device_slots, staging_slots=host_slots, dtype=dtype
+        )
+        self.memory = MemoryPlan(
+            layout=layout,
+            device_slots=device_slots,
+            first_staging_slot=self.arena.first_staging_slot,
+            staging_slots=host_slots,
+            host_slots=host_slots,
+        )
+        self.compute = CpuStream("compute")
+        self.h2d = CpuStream("h2d")
+        self.d2h = CpuStream("d2h")
+        # Layer-major, so that one layer of neighbouring slots is one contiguous copy.
+        self._host_pool = torch.empty(
+            layout.num_layers, max(1, host_slots), layout.layer_block_bytes, dtype=torch.uint8
+        )
+        self._link_bytes_per_s = link_bytes_per_s
+        self._poisons = poisons
+        self._runner: ModelRunner | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    def load(self, runner: ModelRunner) -> None:
+        """The model that passes run; before the first pass."""
+        self._runner = runner
+
+    def start(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        for stream in self._streams:
+            stream.start()
+
+    @property
+    def _streams(self) -> tuple[CpuStream, ...]:
+        return (self.compute, self.h2d, self.d2h)
+
+    def launch(self, issue: Callable[[], None]) -> None:
+        # Issuing is only handing closures to the streams' threads: the loop may do it.
+        issue()
+
+    # --- compute ----------------------------------------------------------------------------
+
+    def begin_pass(self, command: RunIteration) -> CpuPass:
+        forward = CpuPass(command)
+
+        def begin() -> None:
+            forward.model_pass = self._model.begin(command)
+
+        self.compute.put(begin)
+        return forward
+
+    def run_layers(self, forward: CpuPass, layers: range, *, is_staged: bool) -> None:
+        def run() -> None:
+            assert forward.model_pass is not None
+            self._model.run_layers(forward.model_pass, layers)
+            if is_staged and self._poisons:
+                for layer in layers:
+                    self.arena.layers[layer][self.arena.first_staging_slot :].fill_(float("nan"))
+
+        self.compute.put(run)
+
+    def sample(self, forward: CpuPass) -> None:
+        def sample() -> None:
+            assert forward.model_pass is not None
+            self._model.sample(forward.model_pass)
+
+        self.compute.put(sample)
+
+    @property
+    def _model(self) -> ModelRunner:
+        assert self._runner is not None, "load() comes before the first pass"
+        return self._runner
+
+    # --- copies -----------------------------------------------------------------------------
+
+    def stage_layer(self, layer: int, runs: Sequence[CopyRun]) -> None:
+        slot_bytes = self.memory.layout.layer_block_bytes
+        host, device = self._host_address(layer), self._device_address(layer)
+
+        def copy() -> None:
+            for run in runs:
+                ctypes.memmove(
+                    device + run.device_slot * slot_bytes,
+                    host + run.host_slot * slot_bytes,
+                    run.count * slot_bytes,
+                )
+
+        num_bytes = sum(run.count for run in runs) * slot_bytes
+        self.h2d.put(lambda: self._at_link_rate(copy, num_bytes))
+
+    def promote(self, moves: Sequence[BlockMove]) -> None:
+        num_bytes = len(moves) * self.memory.layout.block_bytes
+        self.h2d.put(lambda: self._at_link_rate(lambda: self._move(moves, "in"), num_bytes))
+
+    def demote(self, moves: Sequence[BlockMove]) -> None:
+        num_bytes = len(moves) * self.memory.layout.block_bytes
+        self.d2h.put(lambda: self._at_link_rate(lambda: self._move(moves, "out"), num_bytes))
+
+    def _move(self, moves: Sequence[BlockMove], direction: str) -> None:
+        slot_bytes = self.memory.layout.layer_block_bytes
+        for layer in range(self.memory.layout.num_layers):
+            host, device = self._host_address(layer), self._device_address(layer)
+            for move in moves:
+                pooled = host + move.host_slot * slot_bytes
+                resident = device + move.device_slot * slot_bytes
+                if direction == "in":
+                    ctypes.memmove(resident, pooled, slot_bytes)
+                else:
+                    ctypes.memmove(pooled, resident, slot_bytes)
+
+    def _at_link_rate(self, copy: Work, num_bytes: int) -> None:
+        began_s = time.perf_counter()
+        copy()
+        if self._link_bytes_per_s is not None:
+            rest_s = num_bytes / self._link_bytes_per_s - (time.perf_counter() - began_s)
+            if rest_s > 0:
+                time.sleep(rest_s)
+
+    def _host_address(self, layer: int) -> int:
+        return self._host_pool[layer].data_ptr()
+
+    def _device_address(self, layer: int) -> int:
+        return self.arena.layers[layer].data_ptr()
+
+    # --- completions ------------------------------------------------------------------------
+
+    def notify(self, event: CpuEvent, callback: Callable[[BaseException | None], None]) -> None:
+        loop = self._loop
+        assert loop is not None, "start() comes before notify()"
+
+        def announce(fired: CpuEvent) -> None:
+            fault = fired.fault
+            if fault is not None and not isinstance(fault, DeviceFault):
+                fault = DeviceFault(
+                    f"the {fired.stream.name} stream failed: {type(fault).__name__}: {fault}"
+                )
+                fault.__cause__ = fired.fault
+            try:
+                loop.call_soon_threadsafe(callback, fault)
+            except RuntimeError:
+                if not loop.is_closed():
+                    raise  # with the loop gone nobody is left to be told
+
+        event.listen(announce)
+
+    def span(self, first: CpuEvent, last: CpuEvent) -> Span:
+        return Span(last.busy_s - first.busy_s, last.waited_s - first.waited_s)
+
+    async def drain(self) -> None:
+        for stream in self._streams:
+            await asyncio.to_thread(stream.record().wait)
+
+    def close(self) -> None:
+        for stream in self._streams:
+            stream.close()

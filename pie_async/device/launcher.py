@@ -1,0 +1,190 @@
+"""Issues the actors' commands to a device, in an order that is right on every device.
+
+The actors decide, one launch thread issues (DESIGN: "Issue order"): an iteration's launch half
+comes from the compute actor, its staging half from swap-in; they are paired by iteration
+number and issued interleaved, layer group by layer group, so that every event is recorded
+before it is waited on. From then on events alone order the streams.
+
+For layer group g: h2d waits until the ring buffers' last readers have computed, copies,
+records; compute waits for that record, runs the group, records. The first groups of an
+iteration are therefore staged while the last groups of the one before still compute.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, TypeVar
+
+from pie_async.device.protocol import CopyResult, Device, Event, Pass, PassResult, Stream
+from pie_async.errors import DeviceFault
+from pie_async.ids import IterationId
+from pie_async.messages import BlockMove, RunIteration, StageIteration
+
+T = TypeVar("T")
+
+
+class Launcher:
+    """The three queues of `device/protocol.py` in one: what all actors together may ask."""
+
+    def __init__(self, device: Device, loop: asyncio.AbstractEventLoop) -> None:
+        self._device = device
+        self._layout = device.memory.layout
+        self._loop = loop
+        self._runs: deque[tuple[RunIteration, asyncio.Future[PassResult]]] = deque()
+        self._staging: dict[IterationId, tuple[StageIteration, asyncio.Future[CopyResult]]] = {}
+        # Launch thread only: per ring buffer, when its last reader has computed.
+        self._computed: list[Event | None] = [None] * self._layout.ring_layers
+
+    # --- called on the event loop ---------------------------------------------------------
+
+    def run(self, command: RunIteration) -> asyncio.Future[PassResult]:
+        ran: asyncio.Future[PassResult] = self._loop.create_future()
+        self._runs.append((command, ran))
+        self._pair()
+        return ran
+
+    def stage(self, command: StageIteration) -> asyncio.Future[CopyResult]:
+        staged: asyncio.Future[CopyResult] = self._loop.create_future()
+        self._staging[command.iteration] = (command, staged)
+        self._pair()
+        return staged
+
+    def promote(self, moves: Sequence[BlockMove]) -> asyncio.Future[CopyResult]:
+        return self._copy(self._device.h2d, self._device.promote, moves)
+
+    def demote(self, moves: Sequence[BlockMove]) -> asyncio.Future[CopyResult]:
+        return self._copy(self._device.d2h, self._device.demote, moves)
+
+    def _pair(self) -> None:
+        """Issue iterations in order, each as soon as both its halves are here."""
+        while self._runs:
+            command, ran = self._runs[0]
+            if not command.is_staged:
+                self._launch(partial(self._issue_resident, command, ran), ran)
+            elif command.iteration in self._staging:
+                stage, staged = self._staging.pop(command.iteration)
+                issue = partial(self._issue_staged, command, stage, ran, staged)
+                self._launch(issue, ran, staged)
+            else:
+                return
+            self._runs.popleft()
+
+    def _copy(
+        self,
+        stream: Stream,
+        copy: Callable[[Sequence[BlockMove]], None],
+        moves: Sequence[BlockMove],
+    ) -> asyncio.Future[CopyResult]:
+        copied: asyncio.Future[CopyResult] = self._loop.create_future()
+
+        def issue() -> None:
+            began = stream.record()
+            copy(moves)
+            done = stream.record()
+            num_bytes = len(moves) * self._layout.block_bytes
+            self._announce(done, copied, lambda: self._copy_result(began, done, num_bytes))
+
+        self._launch(issue, copied)
+        return copied
+
+    # --- called on the launch thread --------------------------------------------------------
+
+    def _issue_resident(self, command: RunIteration, ran: asyncio.Future[PassResult]) -> None:
+        """All layers at once: nothing is awaited between them."""
+        device = self._device
+        began = device.compute.record()
+        forward = device.begin_pass(command)
+        device.run_layers(forward, range(self._layout.num_layers), is_staged=False)
+        self._finish(began, forward, ran)
+
+    def _issue_staged(
+        self,
+        command: RunIteration,
+        stage: StageIteration,
+        ran: asyncio.Future[PassResult],
+        staged: asyncio.Future[CopyResult],
+    ) -> None:
+        device, layout = self._device, self._layout
+        began = device.compute.record()
+        forward = device.begin_pass(command)
+        staging_began = group_staged = device.h2d.record()
+        for group in range(layout.num_groups):
+            layers = layout.group(group)
+            group_staged = self._stage_group(layers, stage)
+            device.compute.wait(group_staged)
+            device.run_layers(forward, layers, is_staged=True)
+            computed = device.compute.record()
+            for layer in layers:
+                self._computed[layout.ring_buffer(layer)] = computed
+        num_bytes = sum(run.count for run in stage.runs) * layout.block_bytes
+        last = group_staged
+        self._announce(last, staged, lambda: self._copy_result(staging_began, last, num_bytes))
+        self._finish(began, forward, ran)
+
+    def _stage_group(self, layers: range, stage: StageIteration) -> Event:
+        h2d = self._device.h2d
+        for layer in layers:
+            last_read = self._computed[self._layout.ring_buffer(layer)]
+            if last_read is not None:
+                h2d.wait(last_read)
+            self._device.stage_layer(layer, stage.runs)
+        return h2d.record()
+
+    def _finish(self, began: Event, forward: Pass, ran: asyncio.Future[PassResult]) -> None:
+        self._device.sample(forward)
+        done = self._device.compute.record()
+        self._announce(done, ran, lambda: self._pass_result(began, done, forward))
+
+    # --- completions ------------------------------------------------------------------------
+
+    def _launch(self, issue: Callable[[], None], *futures: asyncio.Future[Any]) -> None:
+        """Issue on the launch thread; if that fails, so do the futures."""
+
+        def guarded() -> None:
+            try:
+                issue()
+            except Exception as error:  # handed on to whoever awaits
+                for future in futures:
+                    self._loop.call_soon_threadsafe(_fail, future, error)
+
+        self._device.launch(guarded)
+
+    def _announce(self, event: Event, future: asyncio.Future[T], read: Callable[[], T]) -> None:
+        """Once `event` fires, give `future` what `read` then returns."""
+
+        def settle(fault: BaseException | None) -> None:
+            if future.cancelled():
+                return
+            if fault is not None:
+                _fail(future, fault)
+            else:
+                future.set_result(read())
+
+        self._device.notify(event, settle)
+
+    def _pass_result(self, began: Event, done: Event, forward: Pass) -> PassResult:
+        span = self._device.span(began, done)
+        return PassResult(
+            sampled=forward.sampled,
+            prompt_logprobs=forward.prompt_logprobs,
+            compute_s=span.busy_s,
+            stall_s=span.waited_s,
+        )
+
+    def _copy_result(self, began: Event, done: Event, num_bytes: int) -> CopyResult:
+        span = self._device.span(began, done)
+        return CopyResult(copied_bytes=num_bytes, busy_s=span.busy_s)
+
+
+def _fail(future: asyncio.Future[Any], fault: BaseException) -> None:
+    if not future.done():
+        future.set_exception(fault if isinstance(fault, DeviceFault) else _as_device_fault(fault))
+
+
+def _as_device_fault(error: BaseException) -> DeviceFault:
+    fault = DeviceFault(f"device work failed: {type(error).__name__}: {error}")
+    fault.__cause__ = error
+    return fault

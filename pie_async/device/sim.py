@@ -1,0 +1,457 @@
+"""A device on virtual time: a cost model instead of kernels, tags instead of tensors.
+
+Every stream has the time at which it becomes free. Because an event is recorded before it is
+waited for, the time of every event is known when it is recorded; nothing has to be simulated
+ahead, and the event loop only sees the completions it asked for.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from pie_async.device.cost_model import CostModel, Work
+from pie_async.device.happens_before import Clock
+from pie_async.device.protocol import Event, MemoryPlan, Pass, Span
+from pie_async.device.sim_checker import CheckedPass, FedRow, KvChecker, check_rows
+from pie_async.device.sim_memory import STREAMS
+from pie_async.errors import ConfigError, DeviceFault
+from pie_async.messages import (
+    BlockMove,
+    CopyRun,
+    LaneBinding,
+    PromptLogprobs,
+    Row,
+    RunIteration,
+    SampledToken,
+)
+
+_MASK = (1 << 64) - 1
+_EPSILON_S = 1e-9
+
+
+class SimEvent:
+    """A point in a stream's order, with its time."""
+
+    __slots__ = ("at_s", "busy_s", "clock", "failure", "stream", "waited_s")
+
+    def __init__(self, stream: SimStream, clock: Clock) -> None:
+        self.stream = stream
+        self.clock = clock
+        self.at_s = stream.free_at_s
+        self.busy_s = stream.busy_s
+        self.waited_s = stream.waited_s
+        self.failure = stream.failure
+
+    def __repr__(self) -> str:
+        return f"<event of {self.stream.name} at {self.at_s:.9f} s>"
+
+
+class SimStream:
+    """Work in order of issue, as the time at which it will all be done."""
+
+    __slots__ = ("busy_s", "failure", "free_at_s", "index", "name", "owner", "waited_s")
+
+    def __init__(self, index: int, owner: SimDevice) -> None:
+        self.index = index
+        self.name = STREAMS[index]
+        self.owner = owner
+        self.free_at_s = 0.0
+        self.busy_s = 0.0
+        self.waited_s = 0.0
+        self.failure: BaseException | None = None
+
+    def record(self) -> SimEvent:
+        """See `Stream`."""
+        checker = self.owner.checker
+        return SimEvent(self, () if checker is None else checker.memory.record(self.index))
+
+    def wait(self, event: Event) -> None:
+        """See `Stream`.
+
+        Raises:
+            DeviceFault: the event was not recorded on this device.
+        """
+        if not isinstance(event, SimEvent) or event.stream.owner is not self.owner:
+            raise DeviceFault(
+                f"{self.name} waits for {event!r}, which was never recorded on this device; "
+                "record an event before anything waits for it"
+            )
+        if event.at_s > self.free_at_s:
+            self.waited_s += event.at_s - self.free_at_s
+            self.free_at_s = event.at_s
+        if event.failure is not None:
+            self.failure = event.failure
+        if self.owner.checker is not None:
+            self.owner.checker.memory.wait(self.index, event.clock)
+
+    def work(self, seconds: float) -> None:
+        """Issue work that takes this long."""
+        self.busy_s += seconds
+        self.free_at_s += seconds
+
+
+class SimPass:
+    """One iteration's forward pass, as what it costs and samples."""
+
+    __slots__ = (
+        "_device",
+        "_prompt_logprobs",
+        "_sampled",
+        "checked",
+        "command",
+        "head_s",
+        "layer_s",
+        "sampled_at_s",
+    )
+
+    def __init__(self, device: SimDevice, command: RunIteration, work: Work) -> None:
+        self._device = device
+        self.command = command
+        self.layer_s = device.cost.layer_s(work)
+        self.head_s = device.cost.head_s(work)
+        self.sampled_at_s: float | None = None
+        self._sampled: tuple[SampledToken, ...] = ()
+        self._prompt_logprobs: tuple[PromptLogprobs, ...] = ()
+        self.checked: CheckedPass | None = None
+
+    @property
+    def sampled(self) -> tuple[SampledToken, ...]:
+        """See `Pass`; raises DeviceFault when read too early."""
+        self._device.require_reached(self.sampled_at_s, self.command)
+        return self._sampled
+
+    @property
+    def prompt_logprobs(self) -> tuple[PromptLogprobs, ...]:
+        """See `Pass`; raises DeviceFault when read too early."""
+        self._device.require_reached(self.sampled_at_s, self.command)
+        return self._prompt_logprobs
+
+    def set_results(
+        self,
+        sampled: tuple[SampledToken, ...],
+        prompt_logprobs: tuple[PromptLogprobs, ...],
+        at_s: float,
+    ) -> None:
+        self._sampled = sampled
+        self._prompt_logprobs = prompt_logprobs
+        self.sampled_at_s = at_s
+
+
+class EndOfSequence(NamedTuple):
+    """How often a sampled token ends its sequence, and with which ids."""
+
+    rate: float = 0.0
+    ids: tuple[int, ...] = ()
+
+
+class _Lane:
+    """What sampling needs of the sequence in a lane."""
+
+    __slots__ = (
+        "binding",
+        "last_token",
+        "may_end_at",
+        "num_logprobs",
+        "salt",
+        "sequence",
+        "stop_ids",
+    )
+
+    def __init__(self, binding: LaneBinding, end: EndOfSequence, device_seed: int) -> None:
+        self.binding = binding
+        self.sequence = binding.sequence
+        self.salt = hash((device_seed, binding.seed))
+        self.stop_ids = frozenset((*binding.stop_ids, *end.ids))
+        self.may_end_at = binding.prompt_len + binding.sampling.min_tokens
+        self.num_logprobs = binding.sampling.logprobs
+        self.last_token: int | None = None
+
+
+class SimDevice:
+    """`Device` without a device.
+
+    Tokens depend on the sequence's seed and the position alone, so that runs that batch or
+    place differently can be compared token by token.
+
+    Args:
+        checked: follow contents, block tables and order of all accesses, and raise
+            `DeviceFault` where a real device would silently compute on wrong KV. Costs host
+            time in proportion to blocks times layers.
+        is_order_checked: with `checked`, also require that events order every conflict,
+            whether or not the timing happened to fit.
+        end: how sequences end by themselves; never, unless told.
+    """
+
+    def __init__(
+        self,
+        *,
+        memory: MemoryPlan,
+        cost: CostModel,
+        seed: int = 0,
+        vocab_size: int | None = None,
+        end: EndOfSequence | None = None,
+        checked: bool = False,
+        is_order_checked: bool = True,
+    ) -> None:
+        if memory.layout.num_layers != cost.shape.num_layers:
+            raise ConfigError(
+                f"the KV layout has {memory.layout.num_layers} layers, the model shape "
+                f"{cost.shape.num_layers}; derive both from one model",
+                option="model",
+            )
+        self.cost = cost
+        self.checker = KvChecker(memory, is_order_checked=is_order_checked) if checked else None
+        self._memory = memory
+        self._seed = seed
+        self._vocab_size = vocab_size or cost.shape.vocab_size
+        self._end = end or EndOfSequence()
+        self._end_threshold = int(self._end.rate * (1 << 24)) if self._end.ids else 0
+        self._wants_prompt_logprobs = False
+        self._streams = tuple(SimStream(index, self) for index in range(len(STREAMS)))
+        self._compute, self._h2d, self._d2h = self._streams
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._observed_s = 0.0
+        self._lanes: dict[int, _Lane] = {}
+        self._staged: tuple[Sequence[CopyRun], int] = ((), 0)
+        self._staging_s = 0.0
+        self._staged_copy_s = 0.0
+
+    @property
+    def memory(self) -> MemoryPlan:
+        return self._memory
+
+    @property
+    def compute(self) -> SimStream:
+        return self._compute
+
+    @property
+    def h2d(self) -> SimStream:
+        return self._h2d
+
+    @property
+    def d2h(self) -> SimStream:
+        return self._d2h
+
+    # --- life -------------------------------------------------------------------------------
+
+    def start(self, loop: asyncio.AbstractEventLoop) -> None:
+        """See `Device`."""
+        self._loop = loop
+
+    def launch(self, issue: Callable[[], None]) -> None:
+        """See `Device`; issues inline, at the loop's present time."""
+        now_s = self._time_s()
+        for stream in self._streams:
+            if stream.free_at_s < now_s:
+                stream.free_at_s = now_s
+        if self.checker is not None:
+            self.checker.memory.host_issues()
+        issue()
+
+    def notify(self, event: Event, callback: Callable[[BaseException | None], None]) -> None:
+        """See `Device`."""
+        assert isinstance(event, SimEvent)
+        self._running_loop().call_at(event.at_s, self._announce, event, callback)
+
+    def span(self, first: Event, last: Event) -> Span:
+        """See `Device`.
+
+        Raises:
+            DeviceFault: the events are of two streams.
+        """
+        assert isinstance(first, SimEvent)
+        assert isinstance(last, SimEvent)
+        if first.stream is not last.stream:
+            raise DeviceFault(f"there is no span from {first!r} to {last!r}: two streams")
+        return Span(last.busy_s - first.busy_s, last.waited_s - first.waited_s)
+
+    def fail(self, stream: SimStream, failure: BaseException) -> None:
+        """From now on this stream's events fail, and those of streams that wait for them."""
+        stream.failure = failure
+
+    async def drain(self) -> None:
+        """See `Device`."""
+        while (left_s := self._last_s() - self._time_s()) > _EPSILON_S:  # noqa: ASYNC110
+            await asyncio.sleep(left_s)  # until a known time, in one go
+        if self.checker is not None:
+            for stream in self._streams:
+                self.checker.memory.observe(stream.record().clock)
+
+    def close(self) -> None:
+        """See `Device`."""
+        self._lanes.clear()
+        self._loop = None
+
+    # --- work -------------------------------------------------------------------------------
+
+    def begin_pass(self, command: RunIteration) -> SimPass:
+        """See `Device`."""
+        for binding in command.bindings:
+            self._lanes[binding.lane] = _Lane(binding, self._end, self._seed)
+            if binding.sampling.prompt_logprobs is not None:
+                self._wants_prompt_logprobs = True
+        forward = SimPass(self, command, work_of(command.rows))
+        if self.checker is not None:
+            for binding in command.bindings:
+                self.checker.bind(binding)
+            for update in command.tables:
+                self.checker.update_table(update)
+            rows = tuple(FedRow(row, row.tokens or self._last_token(row)) for row in command.rows)
+            check_rows(rows)
+            forward.checked = CheckedPass(command.iteration, rows)
+        return forward
+
+    def stage_layer(self, layer: int, runs: Sequence[CopyRun]) -> None:
+        """See `Device`."""
+        if runs is not self._staged[0]:
+            self._measure_staging(runs)
+        start_s = self._h2d.free_at_s
+        self._h2d.work(self._staged_copy_s)
+        if self.checker is not None:
+            self.checker.stage_layer(layer, runs, start_s, self._h2d.free_at_s)
+
+    def run_layers(self, forward: Pass, layers: range, *, is_staged: bool) -> None:
+        """See `Device`."""
+        assert isinstance(forward, SimPass)
+        compute = self._compute
+        start_s = compute.free_at_s
+        layer_s = forward.layer_s + self._staging_s if is_staged else forward.layer_s
+        compute.work(len(layers) * layer_s)
+        if self.checker is not None and forward.checked is not None:
+            self.checker.run_layers(forward.checked, layers, start_s, compute.free_at_s)
+
+    def sample(self, forward: Pass) -> None:
+        """See `Device`."""
+        assert isinstance(forward, SimPass)
+        self._compute.work(forward.head_s)
+        rows = forward.command.rows
+        sampled = tuple([self._sample_row(row) for row in rows if row.is_sampled])
+        prompts: tuple[PromptLogprobs, ...] = ()
+        if self._wants_prompt_logprobs:
+            found = (self._prompt_logprobs(row) for row in rows)
+            prompts = tuple(logprobs for logprobs in found if logprobs is not None)
+        forward.set_results(sampled, prompts, self._compute.free_at_s)
+
+    def promote(self, moves: Sequence[BlockMove]) -> None:
+        """See `Device`."""
+        self._move(self._h2d, moves)
+
+    def demote(self, moves: Sequence[BlockMove]) -> None:
+        """See `Device`."""
+        self._move(self._d2h, moves)
+
+    # --- inside -----------------------------------------------------------------------------
+
+    def require_reached(self, at_s: float | None, command: RunIteration) -> None:
+        """Results are there when the loop has reached their time.
+
+        Raises:
+            DeviceFault: it has not.
+        """
+        reached_s = max(self._observed_s, self._time_s())
+        if at_s is None or at_s > reached_s + _EPSILON_S:
+            raise DeviceFault(
+                f"the tokens of iteration {command.iteration} were read before an event "
+                "recorded after their sampling has fired"
+            )
+
+    def _running_loop(self) -> asyncio.AbstractEventLoop:
+        if self._loop is None:
+            raise DeviceFault("the simulated device is used before start() or after close()")
+        return self._loop
+
+    def _last_s(self) -> float:
+        return max(stream.free_at_s for stream in self._streams)
+
+    def _time_s(self) -> float:
+        return self._running_loop().time()
+
+    def _announce(self, event: SimEvent, callback: Callable[[BaseException | None], None]) -> None:
+        self._observed_s = max(self._observed_s, event.at_s)
+        if self.checker is not None:
+            self.checker.memory.observe(event.clock)
+        callback(event.failure)
+
+    def _measure_staging(self, runs: Sequence[CopyRun]) -> None:
+        blocks = sum(run.count for run in runs)
+        num_bytes = blocks * self._memory.layout.layer_block_bytes
+        gpu = self.cost.gpu
+        self._staged = (runs, num_bytes)
+        self._staged_copy_s = self.cost.copy_s(num_bytes, len(runs)) if runs else 0.0
+        self._staging_s = gpu.staging_traffic * num_bytes / gpu.hbm_bytes_per_s / gpu.efficiency
+
+    def _move(self, stream: SimStream, moves: Sequence[BlockMove]) -> None:
+        if not moves:
+            return
+        layout = self._memory.layout
+        start_s = stream.free_at_s
+        num_runs = len(moves) * layout.num_layers
+        stream.work(self.cost.copy_s(len(moves) * layout.block_bytes, num_runs))
+        if self.checker is not None:
+            self.checker.move(moves, start_s, stream.free_at_s, is_demotion=stream is self._d2h)
+
+    def _lane(self, row: Row) -> _Lane:
+        lane = self._lanes.get(row.lane)
+        if lane is None or lane.sequence != row.sequence:
+            raise DeviceFault(
+                f"sequence {row.sequence} runs in lane {row.lane}, which is not bound to it"
+            )
+        return lane
+
+    def _last_token(self, row: Row) -> tuple[int]:
+        token = self._lane(row).last_token
+        if token is None:
+            raise DeviceFault(
+                f"sequence {row.sequence} is to be fed the token that lane {row.lane} sampled "
+                "last, but the lane has sampled none for it"
+            )
+        return (token,)
+
+    def _sample_row(self, row: Row) -> SampledToken:
+        lane = self._lanes.get(row.lane)
+        if lane is None or lane.sequence != row.sequence:
+            lane = self._lane(row)
+        position = row.start + (len(row.tokens) or 1)
+        drawn = hash((lane.salt, position)) & _MASK
+        token = drawn % self._vocab_size
+        if position >= lane.may_end_at and drawn >> 40 < self._end_threshold:
+            token = self._end.ids[drawn % len(self._end.ids)]
+        else:
+            while token in lane.stop_ids:
+                token = (token + 1) % self._vocab_size
+        lane.last_token = token
+        if lane.num_logprobs is None:
+            return SampledToken(row.sequence, token)
+        return self._with_logprobs(row, token, lane.num_logprobs)
+
+    def _with_logprobs(self, row: Row, token: int, count: int) -> SampledToken:
+        """A made-up distribution whose likeliest token is the given one."""
+        top = tuple(((token + i) % self._vocab_size, -1.0 - i) for i in range(count))
+        return SampledToken(row.sequence, token, -1.0, 1, top)
+
+    def _prompt_logprobs(self, row: Row) -> PromptLogprobs | None:
+        binding = self._lane(row).binding
+        count = binding.sampling.prompt_logprobs
+        first = max(row.start, 1)
+        tokens = row.tokens[first - row.start : max(0, binding.prompt_len - row.start)]
+        if count is None or not tokens:
+            return None
+        return PromptLogprobs(
+            row.sequence, first, tuple(self._with_logprobs(row, t, count) for t in tokens)
+        )
+
+
+def work_of(rows: Sequence[Row]) -> Work:
+    """What these rows make an iteration do."""
+    fed = read = sampled = 0
+    attended = 0.0
+    for row in rows:
+        num_tokens = len(row.tokens) or 1
+        end = row.start + num_tokens
+        fed += num_tokens
+        read += end
+        attended += num_tokens * (row.start + end + 1) / 2
+        sampled += row.is_sampled
+    return Work(fed, read, attended, sampled)

@@ -1,0 +1,443 @@
+"""The asyncio interface: builds the engine, wires its actors, takes requests in."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import aclosing
+from typing import Any, Self
+
+import msgspec
+
+from pie_async.actors.compute import ComputeActor
+from pie_async.actors.delivery import DeliveryActor
+from pie_async.actors.expansion_governor import ExpansionGovernorActor
+from pie_async.actors.scheduler import Neighbours, SchedulerActor
+from pie_async.actors.swap_in import SwapInActor
+from pie_async.actors.swap_out import SwapOutActor
+from pie_async.assembly import ChatMessage, Parts, Progress, Tokenizer, assemble
+from pie_async.config import EngineConfig
+from pie_async.core.headroom import Headroom
+from pie_async.core.residency import ResidencyMap
+from pie_async.core.schedule import Schedule
+from pie_async.device.launcher import Launcher
+from pie_async.errors import (
+    ContextTooLong,
+    EngineStopped,
+    InvalidRequest,
+    MailboxClosed,
+    Overloaded,
+    PieError,
+)
+from pie_async.ids import RequestId, SequenceId
+from pie_async.messages import Cancel, Drain, Submit
+from pie_async.metrics import EngineStats
+from pie_async.model_info import ModelInfo
+from pie_async.outputs import RequestOutput
+from pie_async.request_stream import RequestStream, SequenceOutput
+from pie_async.runtime.actor import Actor
+from pie_async.runtime.supervisor import Supervisor
+from pie_async.sampling_params import SamplingParams
+from pie_async.story import Story
+
+Prompt = str | Sequence[int] | Sequence[ChatMessage]
+"""A text, token ids, or a conversation of {"role": ..., "content": ...} messages."""
+
+INLINE_CHARS = 2048
+"""Longer prompts are tokenised in a thread, so that the loop never waits for them."""
+MOST_CHARS_PER_TOKEN = 16
+"""A prompt longer than this times the context cannot fit and is not even tokenised."""
+CLOSE_S = 30.0
+"""How long closing waits for what was issued before it gives up on the device."""
+
+
+class Engine:
+    """An LLM inference engine on the running event loop.
+
+    Use it as an async context manager, or call `start` and `aclose`. It sets no signal
+    handlers, starts no loop and works on any loop and thread; several can live side by side.
+
+    Args:
+        config: how to set it up; or give the fields of `EngineConfig` as keyword arguments.
+
+    Raises:
+        ConfigError: options that cannot work (on construction and in `start`).
+    """
+
+    def __init__(self, config: EngineConfig | None = None, **options: Any) -> None:
+        if config is None:
+            config = EngineConfig(**options)
+        elif options:
+            config = msgspec.structs.replace(config, **options)
+        self.config = config
+        self._parts: Parts | None = None
+        self._actors: _Actors | None = None
+        self._watch: asyncio.Task[None] | None = None
+        self._streams: dict[str, RequestStream] = {}
+        self._is_draining = False
+        self._failure: PieError | None = None
+        self._dice = random.Random(config.seed)  # noqa: S311 - sampling seeds, no secrets
+        self._numbers = _Numbers()
+        self._started_s = 0.0
+        self.story: Story | None = None
+
+    # --- life -------------------------------------------------------------------------------
+
+    async def __aenter__(self) -> Self:
+        await self.start()
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        await self.aclose()
+
+    async def start(self, *, progress: Progress | None = None) -> None:
+        """Load the model (in a thread) and start the actors.
+
+        Raises:
+            ConfigError, ModelError: what is wrong and what to change.
+        """
+        if self._watch is not None:
+            raise EngineStopped("an engine starts once; make a new one")
+        loop = asyncio.get_running_loop()
+        parts = await asyncio.to_thread(assemble, self.config, progress=progress)
+        parts.device.start(loop)
+        self.story = Story(loop.time)
+        self._actors = _Actors(parts, self.config, self.story, on_finished=self._forget)
+        self._parts = parts
+        self._started_s = loop.time()
+        self._watch = asyncio.create_task(self._supervise(parts), name="pie-supervisor")
+
+    async def _supervise(self, parts: Parts) -> None:
+        assert self._actors is not None
+        try:
+            await self._actors.supervisor.run()
+        except EngineStopped as failure:
+            self._failure = failure
+        finally:
+            stopped = self._failure or EngineStopped("the engine was closed")
+            self._actors.delivery.fail_all(stopped)
+            await asyncio.to_thread(parts.device.close)
+
+    async def aclose(self, *, drain_s: float = 0.0) -> None:
+        """End the engine and give its memory back; calling it again does nothing.
+
+        Args:
+            drain_s: let accepted requests go on for this long; the rest is cancelled.
+        """
+        if self._watch is None or self._actors is None:
+            return
+        if not self._watch.done():
+            if drain_s > 0:
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(drain_s):
+                        await self.drain()
+            for stream in list(self._streams.values()):
+                stream.cancel()
+            try:
+                async with asyncio.timeout(CLOSE_S):
+                    await self.drain()
+                    await self._actors.supervisor.close()
+            except (TimeoutError, EngineStopped, MailboxClosed):
+                self._watch.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await self._watch
+
+    async def drain(self) -> None:
+        """Accept nothing more; return when everything accepted is finished.
+
+        Raises:
+            EngineStopped: the engine failed meanwhile.
+        """
+        actors = self._running_actors()
+        if not self._is_draining:
+            self._is_draining = True
+            await actors.scheduler.mailbox.send(Drain())
+        await actors.delivery.drained.wait()
+        if self._failure is not None:
+            raise self._failure
+
+    # --- requests ---------------------------------------------------------------------------
+
+    async def generate(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        request_id: str | None = None,
+        priority: int = 0,
+    ) -> AsyncGenerator[RequestOutput, None]:
+        """Outputs as they come. Leaving the loop early, or cancelling it, cancels the request.
+
+        Raises: what `submit` raises, and EngineStopped if the engine ends meanwhile.
+        """
+        stream = await self.submit(prompt, params, request_id=request_id, priority=priority)
+        async with aclosing(stream):
+            async for output in stream:
+                yield output
+
+    async def submit(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        request_id: str | None = None,
+        priority: int = 0,
+    ) -> RequestStream:
+        """Accept a request; its outputs come from the stream returned.
+
+        Args:
+            request_id: the caller's name for it; must not be in use. None makes one up.
+            priority: lower runs first; equal ones run first come, first served.
+
+        Raises:
+            InvalidRequest: names the parameter; nothing was queued.
+            ContextTooLong: prompt and `max_tokens` exceed `model.max_model_len`.
+            Overloaded: too many requests are queued.
+            EngineStopped: not running, or draining.
+        """
+        params = params if params is not None else SamplingParams()
+        self._check_accepting()
+        tokens = tuple(await self.tokenize(prompt))
+        self._check_accepting()  # tokenising took a while
+        max_tokens = self._check_request(tokens, params)
+        number = self._numbers.request()
+        name = request_id if request_id is not None else f"request-{number}"
+        if name in self._streams:
+            raise InvalidRequest(f"request_id {name!r} is in use", param="request_id")
+        stream = self._open_stream(name, prompt, tokens, params)
+        seed = params.seed if params.seed is not None else self._dice.getrandbits(62)
+        command = Submit(
+            request=number,
+            sequences=stream.sequences,
+            prompt_tokens=tokens,
+            sampling=params,
+            seed=seed,
+            max_tokens=max_tokens,
+            priority=priority,
+        )
+        try:
+            await self._running_actors().scheduler.mailbox.send(command)
+        except BaseException:
+            self._forget(stream)
+            raise
+        return stream
+
+    async def cancel(self, request_id: str) -> bool:
+        """End a request now. Its stream ends with finish reason "cancelled".
+
+        Returns: whether there was such a request.
+        """
+        stream = self._streams.get(request_id)
+        if stream is None:
+            return False
+        stream.cancel()
+        return True
+
+    async def tokenize(self, prompt: Prompt) -> list[int]:
+        """The token ids that a prompt becomes; long ones are tokenised off the loop.
+
+        Raises:
+            InvalidRequest, ContextTooLong: it is not a prompt, or could never fit.
+        """
+        tokenizer = self.tokenizer
+        if isinstance(prompt, str):
+            return await self._encode(len(prompt), tokenizer.encode, prompt)
+        if not prompt:
+            raise InvalidRequest("the prompt is empty", param="prompt")
+        if isinstance(prompt[0], Mapping):
+            num_chars = sum(len(str(m.get("content", ""))) for m in prompt)  # type: ignore[union-attr]
+            return await self._encode(num_chars, tokenizer.encode_chat, prompt)
+        return list(prompt)  # type: ignore[arg-type]
+
+    async def _encode(self, num_chars: int, encode: Any, prompt: Any) -> list[int]:
+        most_chars = self.model.max_model_len * MOST_CHARS_PER_TOKEN
+        if num_chars > most_chars:
+            raise ContextTooLong(
+                f"the prompt has {num_chars} characters; a context of "
+                f"{self.model.max_model_len} tokens cannot hold more than {most_chars}",
+                param="prompt",
+            )
+        if num_chars <= INLINE_CHARS:
+            return list(encode(prompt))
+        return list(await asyncio.to_thread(encode, prompt))
+
+    def _check_request(self, tokens: Sequence[int], params: SamplingParams) -> int:
+        """Refuse what could not run; the most output tokens this request may have."""
+        vocab_size, longest = self.model.vocab_size, self.model.max_model_len
+        if not tokens:
+            raise InvalidRequest("the prompt is empty", param="prompt")
+        for token in tokens:
+            if not (isinstance(token, int) and 0 <= token < vocab_size):
+                raise InvalidRequest(
+                    f"prompt has token id {token!r}; valid ids are 0 to {vocab_size - 1}",
+                    param="prompt",
+                )
+        params.check_vocabulary(vocab_size)
+        room = longest - len(tokens)
+        if room < 1:
+            raise ContextTooLong(
+                f"the prompt has {len(tokens)} tokens; this model and memory hold {longest} "
+                "with at least one of output",
+                param="prompt",
+            )
+        if params.max_tokens is not None and params.max_tokens > room:
+            raise ContextTooLong(
+                f"{len(tokens)} prompt tokens and max_tokens {params.max_tokens} exceed the "
+                f"context of {longest} tokens; lower max_tokens to {room} or shorten the prompt",
+                param="max_tokens",
+            )
+        return min(room, params.max_tokens) if params.max_tokens is not None else room
+
+    def _open_stream(
+        self, name: str, prompt: Prompt, tokens: tuple[int, ...], params: SamplingParams
+    ) -> RequestStream:
+        sequences = [self._numbers.sequence() for _ in range(params.n)]
+        tokenizer = self.tokenizer
+        outputs = [
+            SequenceOutput(
+                index,
+                params,
+                tokenizer.detokenizer(tokens, skip_special_tokens=params.skip_special_tokens),
+                tokenizer.token_text,
+            )
+            for index in range(params.n)
+        ]
+        stream = RequestStream(
+            request_id=name,
+            prompt=prompt if isinstance(prompt, str) else None,
+            prompt_tokens=tokens,
+            params=params,
+            sequences=sequences,
+            outputs=outputs,
+            cancel=self._cancel_stream,
+            token_text=tokenizer.token_text,
+        )
+        self._streams[name] = stream
+        self._running_actors().delivery.open(stream)
+        return stream
+
+    def _cancel_stream(self, stream: RequestStream) -> None:
+        if self._actors is None or self._actors.scheduler.mailbox.is_closed:
+            return
+        self._actors.scheduler.mailbox.post(Cancel(sequences=stream.unfinished))
+
+    def _forget(self, stream: RequestStream) -> None:
+        self._streams.pop(stream.request_id, None)
+
+    # --- state ------------------------------------------------------------------------------
+
+    @property
+    def is_running(self) -> bool:
+        return self._watch is not None and not self._watch.done() and self._failure is None
+
+    @property
+    def is_accepting(self) -> bool:
+        return self.is_running and not self._is_draining
+
+    @property
+    def model(self) -> ModelInfo:
+        return self._loaded().model
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self._loaded().tokenizer
+
+    def stats(self) -> EngineStats:
+        """A snapshot of counts, memory and times."""
+        actors, memory = self._running_actors(), self._loaded().device.memory
+        return msgspec.structs.replace(
+            actors.scheduler.stats(),
+            block_bytes=memory.layout.block_bytes,
+            uptime_s=asyncio.get_running_loop().time() - self._started_s,
+        )
+
+    def _check_accepting(self) -> None:
+        if self._failure is not None:
+            raise self._failure
+        if not self.is_accepting:
+            state = "draining" if self.is_running else "not running"
+            raise EngineStopped(f"the engine is {state} and accepts no requests")
+        if len(self._streams) >= self.config.max_queued_requests:
+            raise Overloaded(
+                f"{len(self._streams)} requests are queued, the most allowed "
+                "(max_queued_requests); try again later",
+                retry_after_s=1.0,
+            )
+
+    def _loaded(self) -> Parts:
+        if self._parts is None:
+            raise EngineStopped("the engine has not started; use `async with` or `start()`")
+        return self._parts
+
+    def _running_actors(self) -> _Actors:
+        if self._actors is None:
+            raise EngineStopped("the engine has not started; use `async with` or `start()`")
+        return self._actors
+
+
+class _Numbers:
+    """Request and sequence ids, counted from 1."""
+
+    def __init__(self) -> None:
+        self._requests = 0
+        self._sequences = 0
+
+    def request(self) -> RequestId:
+        self._requests += 1
+        return RequestId(self._requests)
+
+    def sequence(self) -> SequenceId:
+        self._sequences += 1
+        return SequenceId(self._sequences)
+
+
+class _Actors:
+    """One engine's actors, wired."""
+
+    def __init__(self, parts: Parts, config: EngineConfig, story: Story, *, on_finished: Any):
+        observer = story.note
+        memory = parts.device.memory
+        most_streamed = min(memory.staging_slots, memory.host_slots)
+        schedule = Schedule(
+            residency=ResidencyMap(
+                device_slots=memory.device_slots,
+                host_slots=memory.host_slots,
+                staging_slots=memory.staging_slots,
+                first_staging_slot=memory.first_staging_slot,
+            ),
+            block_tokens=config.block_tokens,
+            token_budget=config.token_budget,
+            max_running=config.max_running_sequences,
+            eos_ids=parts.eos_ids,
+            streamed_limit=min(config.streamed_blocks or 0, most_streamed),
+        )
+        self.scheduler = SchedulerActor(
+            schedule,
+            iterations_in_flight=config.iterations_in_flight,
+            checks_invariants=config.debug,
+            observer=observer,
+        )
+        to_scheduler = self.scheduler.mailbox
+        launcher = Launcher(parts.device, asyncio.get_running_loop())
+        self.delivery = DeliveryActor(to_scheduler, on_finished=on_finished, observer=observer)
+        compute = ComputeActor(launcher, to_scheduler, observer=observer)
+        swap_in = SwapInActor(launcher, to_scheduler, observer=observer)
+        swap_out = SwapOutActor(launcher, to_scheduler, observer=observer)
+        actors: list[Actor[Any]] = [self.delivery, self.scheduler, compute, swap_in, swap_out]
+        governor = None
+        if config.streamed_blocks is None and most_streamed:
+            headroom = Headroom(block_bytes=memory.layout.block_bytes, most_blocks=most_streamed)
+            governor = ExpansionGovernorActor(headroom, to_scheduler, observer=observer)
+            actors.append(governor)
+        self.scheduler.connect(
+            Neighbours(
+                compute=compute.mailbox,
+                swap_in=swap_in.mailbox,
+                swap_out=swap_out.mailbox,
+                delivery=self.delivery.mailbox,
+                governor=governor.mailbox if governor else None,
+            )
+        )
+        self.supervisor = Supervisor(actors, parts.device)

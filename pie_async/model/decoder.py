@@ -1,0 +1,201 @@
+"""One decoder for all families; what differs between them is in `ModelConfig`."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import msgspec
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from pie_async.model.config import OPT_POSITION_OFFSET, ModelConfig
+from pie_async.model.layers import Linear, Mlp, Norm, Parameters
+from pie_async.model.rope import Rotary, rotate
+
+
+class LayerAttention(Protocol):
+    """Attention of one iteration's tokens in one layer, over KV kept elsewhere."""
+
+    def __call__(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """Keep the tokens' keys and values, attend, return [n, heads * head_dim].
+
+        Args:
+            queries: [n, heads, head_dim].
+            keys, values: [n, kv_heads, head_dim].
+        """
+
+
+class _Names(msgspec.Struct, frozen=True):
+    """What a family's checkpoints call things; "{}" stands for the layer's number."""
+
+    embedding: str
+    positions: str
+    layer: str
+    q: str
+    k: str
+    v: str
+    out: str
+    attention_norm: str
+    mlp_norm: str
+    up: tuple[str, ...]
+    down: str
+    final_norm: str
+    project_in: str = ""
+    project_out: str = ""
+    head: str = "lm_head"
+
+
+_LLAMA_NAMES = _Names(
+    embedding="model.embed_tokens",
+    positions="",
+    layer="model.layers.{}.",
+    q="self_attn.q_proj",
+    k="self_attn.k_proj",
+    v="self_attn.v_proj",
+    out="self_attn.o_proj",
+    attention_norm="input_layernorm",
+    mlp_norm="post_attention_layernorm",
+    up=("mlp.gate_proj", "mlp.up_proj"),
+    down="mlp.down_proj",
+    final_norm="model.norm",
+)
+_OPT_NAMES = _Names(
+    embedding="model.decoder.embed_tokens",
+    positions="model.decoder.embed_positions",
+    layer="model.decoder.layers.{}.",
+    q="self_attn.q_proj",
+    k="self_attn.k_proj",
+    v="self_attn.v_proj",
+    out="self_attn.out_proj",
+    attention_norm="self_attn_layer_norm",
+    mlp_norm="final_layer_norm",
+    up=("fc1",),
+    down="fc2",
+    final_norm="model.decoder.final_layer_norm",
+    project_in="model.decoder.project_in",
+    project_out="model.decoder.project_out",
+)
+
+
+class DecoderLayer:
+    """Attention and MLP with their norms and residual sums."""
+
+    def __init__(
+        self, parameters: Parameters, config: ModelConfig, names: _Names, layer: int
+    ) -> None:
+        prefix = names.layer.format(layer)
+        hidden, dim = config.hidden_size, config.head_dim
+        self._heads = [config.num_heads, config.kv_heads, config.kv_heads]
+        self._num_rotated = config.num_heads + config.kv_heads
+        self._is_pre_norm = config.is_pre_norm
+        self._attention_norm = Norm(parameters, prefix + names.attention_norm, hidden, config)
+        self._qkv = Linear(
+            parameters,
+            [
+                (prefix + name, heads * dim)
+                for name, heads in zip((names.q, names.k, names.v), self._heads, strict=True)
+            ],
+            hidden,
+            has_bias=config.has_qkv_bias,
+        )
+        self._q_norm = self._k_norm = None
+        if config.has_qk_norm:
+            self._q_norm = Norm(parameters, prefix + "self_attn.q_norm", dim, config)
+            self._k_norm = Norm(parameters, prefix + "self_attn.k_norm", dim, config)
+        self._out = Linear(
+            parameters,
+            [(prefix + names.out, hidden)],
+            config.num_heads * dim,
+            has_bias=config.has_out_bias,
+        )
+        self._mlp_norm = Norm(parameters, prefix + names.mlp_norm, hidden, config)
+        up = [prefix + name for name in names.up]
+        self._mlp = Mlp(parameters, config, up, prefix + names.down)
+
+    def __call__(
+        self, x: Tensor, rotation: tuple[Tensor, Tensor] | None, attention: LayerAttention
+    ) -> Tensor:
+        """[n, hidden] -> [n, hidden]; rotation: cosines and sines, None without RoPE."""
+        if self._is_pre_norm:
+            x = x + self._attend(self._attention_norm(x), rotation, attention)
+            return x.add_(self._mlp(self._mlp_norm(x)))
+        x = self._attention_norm(x + self._attend(x, rotation, attention))
+        return self._mlp_norm(x + self._mlp(x))
+
+    def _attend(
+        self, x: Tensor, rotation: tuple[Tensor, Tensor] | None, attention: LayerAttention
+    ) -> Tensor:
+        heads = self._qkv(x).view(len(x), sum(self._heads), -1)
+        if self._q_norm is not None and self._k_norm is not None:
+            queries, keys, values = torch.split(heads, self._heads, 1)
+            heads = torch.cat((self._q_norm(queries), self._k_norm(keys), values), 1)
+        if rotation is None:
+            queries, keys, values = torch.split(heads, self._heads, 1)
+        else:
+            rotated = rotate(heads[:, : self._num_rotated], *rotation)
+            queries, keys = torch.split(rotated, self._heads[:2], 1)
+            values = heads[:, self._num_rotated :]
+        return self._out(attention(queries, keys, values))
+
+
+class Decoder:
+    """A decoder-only language model, without KV: attention comes from the caller.
+
+    Its parameters are uninitialised until `weights.load_model` fills them.
+    """
+
+    def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
+        self.config = config
+        self.dtype = dtype
+        self.device = device
+        self.parameters = parameters = Parameters(dtype, device)
+        names = _OPT_NAMES if config.family == "opt" else _LLAMA_NAMES
+        hidden, width = config.hidden_size, config.embedding_size
+        self._embedding = parameters.one(f"{names.embedding}.weight", config.vocab_size, width)
+        self.rotary = self._positions = None
+        if config.rope is None:
+            rows = config.max_positions + OPT_POSITION_OFFSET
+            self._positions = parameters.one(f"{names.positions}.weight", rows, hidden)
+        elif device.type != "meta":
+            self.rotary = Rotary(config.rope, config.head_dim, dtype, device)
+        self._project_in = self._project_out = None
+        if width != hidden:
+            self._project_in = Linear(parameters, [(names.project_in, hidden)], width)
+            self._project_out = Linear(parameters, [(names.project_out, width)], hidden)
+        self._layers = [
+            DecoderLayer(parameters, config, names, layer) for layer in range(config.num_layers)
+        ]
+        self._final_norm = None
+        if config.has_final_norm:
+            self._final_norm = Norm(parameters, names.final_norm, hidden, config)
+        self._head = self._embedding
+        if not config.is_tied:
+            self._head = parameters.one(f"{names.head}.weight", config.vocab_size, width)
+
+    def embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """[n, hidden] from [n] token ids and [n] positions, both int64."""
+        x = functional.embedding(tokens, self._embedding)
+        if self._project_in is not None:
+            x = self._project_in(x)
+        if self._positions is not None:
+            x = x + functional.embedding(positions + OPT_POSITION_OFFSET, self._positions)
+        return x
+
+    def run_layer(
+        self,
+        layer: int,
+        x: Tensor,
+        rotation: tuple[Tensor, Tensor] | None,
+        attention: LayerAttention,
+    ) -> Tensor:
+        """[n, hidden] -> [n, hidden]."""
+        return self._layers[layer](x, rotation, attention)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """[n, vocab] float32 from the last layer's [n, hidden]."""
+        if self._final_norm is not None:
+            x = self._final_norm(x)
+        if self._project_out is not None:
+            x = self._project_out(x)
+        return functional.linear(x, self._head).float()

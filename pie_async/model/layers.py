@@ -1,0 +1,120 @@
+"""The pieces of a decoder layer that are not attention, and where their numbers live."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from pie_async.model.config import Activation, ModelConfig
+
+
+class Parameters:
+    """Allocates parameters and knows which checkpoint tensor fills which part of them.
+
+    Fused parameters are filled slice by slice, so a checkpoint is never held twice.
+    """
+
+    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
+        self._dtype = dtype
+        self._device = device
+        self.by_name: dict[str, Tensor] = {}
+        """Views by checkpoint name; writing to one writes the parameter."""
+
+    def one(self, name: str, *shape: int) -> Tensor:
+        """An uninitialised parameter that one checkpoint tensor fills."""
+        return self.stacked([(name, shape[0])], *shape[1:])
+
+    def stacked(self, parts: Sequence[tuple[str, int]], *trailing: int) -> Tensor:
+        """A parameter whose rows are several checkpoint tensors, one below the other.
+
+        Args:
+            parts: (checkpoint name, rows).
+            trailing: the other dimensions.
+        """
+        rows = sum(count for _, count in parts)
+        whole = torch.empty(rows, *trailing, dtype=self._dtype, device=self._device)
+        first = 0
+        for name, count in parts:
+            self.by_name[name] = whole[first : first + count]
+            first += count
+        return whole
+
+
+class Linear:
+    """x -> x W^T + b; several checkpoint layers of the same input may be stacked into one."""
+
+    def __init__(
+        self,
+        parameters: Parameters,
+        parts: Sequence[tuple[str, int]],
+        in_features: int,
+        *,
+        has_bias: bool = False,
+    ) -> None:
+        weights = [(f"{name}.weight", rows) for name, rows in parts]
+        biases = [(f"{name}.bias", rows) for name, rows in parts]
+        self._weight = parameters.stacked(weights, in_features)
+        self._bias = parameters.stacked(biases) if has_bias else None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return functional.linear(x, self._weight, self._bias)
+
+
+class Norm:
+    """RMS norm or layer norm over the last dimension."""
+
+    def __init__(self, parameters: Parameters, name: str, size: int, config: ModelConfig) -> None:
+        self._eps = config.norm_eps
+        self._weight = self._bias = None
+        if config.is_norm_affine:
+            self._weight = parameters.one(f"{name}.weight", size)
+            if config.norm == "layer":
+                self._bias = parameters.one(f"{name}.bias", size)
+        self._is_rms = config.norm == "rms"
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if not self._is_rms:
+            return functional.layer_norm(x, (x.shape[-1],), self._weight, self._bias, self._eps)
+        # Like transformers: the statistics in float32, the weight applied in the model's dtype.
+        # Written out because F.rms_norm on the CPU (torch 2.13) takes a third longer.
+        wide = x.float()
+        scale = wide.square().mean(-1, keepdim=True).add_(self._eps).rsqrt_()
+        normed = (wide * scale).to(x.dtype)
+        return normed if self._weight is None else normed.mul_(self._weight)
+
+
+class Mlp:
+    """The feed-forward half of a layer, gated or plain."""
+
+    def __init__(
+        self, parameters: Parameters, config: ModelConfig, up: Sequence[str], down: str
+    ) -> None:
+        inner, has_bias = config.intermediate_size, config.has_mlp_bias
+        parts = [(name, inner) for name in up]
+        self._up = Linear(parameters, parts, config.hidden_size, has_bias=has_bias)
+        self._down = Linear(parameters, [(down, config.hidden_size)], inner, has_bias=has_bias)
+        self._activate = _ACTIVATIONS[config.activation]
+        self._inner = inner
+        self._is_gated = config.is_gated
+
+    def __call__(self, x: Tensor) -> Tensor:
+        inner = self._up(x)
+        if self._is_gated:
+            gate, up = torch.split(inner, self._inner, -1)
+            return self._down(self._activate(gate).mul_(up))
+        return self._down(self._activate(inner))
+
+
+def _gelu_tanh(x: Tensor) -> Tensor:
+    return functional.gelu(x, approximate="tanh")
+
+
+_ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
+    "silu": functional.silu,
+    "relu": functional.relu,
+    "gelu": functional.gelu,
+    "gelu_tanh": _gelu_tanh,
+}

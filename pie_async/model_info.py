@@ -1,0 +1,19 @@
+"""What callers may know of the served model."""
+
+from __future__ import annotations
+
+import msgspec
+
+
+class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """The served model, as loaded."""
+
+    name: str
+    """What clients call it."""
+    family: str
+    dtype: str
+    vocab_size: int
+    max_model_len: int
+    """Most tokens of prompt and output together."""
+    num_parameters: int
+    weight_bytes: int

@@ -1,0 +1,137 @@
+"""One accepted request on its way to the client: as server-sent events or as one body."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, Iterable, Iterator, Sequence
+from typing import Protocol
+
+import msgspec
+
+from pie_async.errors import PieError
+from pie_async.openai.errors import error_reply
+from pie_async.openai.feed import Arrival, OutputFeed
+from pie_async.openai.latency import RequestLatency
+from pie_async.openai.responses import Response, Usage
+from pie_async.openai.usage import UsageCounter
+from pie_async.outputs import RequestOutput
+
+KEEPALIVE = b": keepalive\n\n"
+DONE = b"data: [DONE]\n\n"
+
+_log = logging.getLogger(__name__)
+_encoder = msgspec.json.Encoder()
+
+
+class Writer(Protocol):
+    """One endpoint's dialect: `ChatWriter` or `CompletionWriter`."""
+
+    def opening(self) -> Iterator[Response]: ...
+
+    def chunks(self, prompt_index: int, output: RequestOutput, /) -> Iterator[Response]: ...
+
+    def usage_chunk(self, usage: Usage) -> Response: ...
+
+    def response(self, outputs: Sequence[RequestOutput], usage: Usage) -> Response: ...
+
+
+class Answer:
+    """Produces what the client gets. Must be closed: that cancels what has not finished."""
+
+    def __init__(
+        self,
+        *,
+        response_id: str,
+        feed: OutputFeed,
+        writer: Writer,
+        usage: UsageCounter,
+        latency: RequestLatency,
+        is_streamed: bool,
+        wants_usage_chunk: bool,
+        keepalive_s: float,
+    ) -> None:
+        self.response_id = response_id
+        self.is_streamed = is_streamed
+        self._feed = feed
+        self._writer = writer
+        self._usage = usage
+        self._latency = latency
+        self._wants_usage_chunk = wants_usage_chunk
+        self._keepalive_s = keepalive_s
+
+    async def events(self) -> AsyncGenerator[bytes]:
+        """Server-sent events, several at a time when they came at the same time.
+
+        Ends with `[DONE]` or, if anything fails, with an error event. A comment is sent when
+        nothing came for `keepalive_s`. Closing the generator cancels the request.
+        """
+        try:
+            if opening := _frames(self._writer.opening()):
+                yield opening
+            while (arrivals := await self._next_arrivals()) is not None:
+                if events := self._event_bytes(arrivals) if arrivals else KEEPALIVE:
+                    yield events
+            self._finish()
+            yield self._last_events()
+        except Exception as error:  # the status line is out: an event is all that can tell
+            log_unexpected(error, self.response_id)
+            yield error_reply(error).event
+        finally:
+            await self.aclose()
+
+    async def body(self) -> bytes:
+        """The whole response as JSON, when all choices have ended.
+
+        Raises:
+            PieError: the engine could not finish the request, which is then cancelled.
+        """
+        try:
+            final: dict[int, RequestOutput] = {}
+            while (arrivals := await self._next_arrivals()) is not None:
+                final.update((arrival.prompt_index, arrival.output) for arrival in arrivals)
+            self._finish()
+            outputs = [final[prompt_index] for prompt_index in sorted(final)]
+            return _encoder.encode(self._writer.response(outputs, self._usage.usage))
+        finally:
+            await self.aclose()
+
+    def fail(self, error: PieError) -> None:
+        """End it early: with this error instead of what is still missing."""
+        self._feed.fail(error)
+
+    async def aclose(self) -> None:
+        """Cancel what has not finished and wait until the engine has let go of it."""
+        await self._feed.aclose()
+
+    async def _next_arrivals(self) -> list[Arrival] | None:
+        arrivals = await self._feed.next_arrivals(silence_s=self._keepalive_s)
+        for arrival in arrivals or ():
+            self._usage.add(arrival.prompt_index, arrival.output)
+            self._latency.observe(arrival)
+        return arrivals
+
+    def _event_bytes(self, arrivals: Iterable[Arrival]) -> bytes:
+        """Empty if the arrivals hold nothing to show yet."""
+        return b"".join(
+            _frames(self._writer.chunks(arrival.prompt_index, arrival.output))
+            for arrival in arrivals
+        )
+
+    def _last_events(self) -> bytes:
+        if not self._wants_usage_chunk:
+            return DONE
+        return _frames([self._writer.usage_chunk(self._usage.usage)]) + DONE
+
+    def _finish(self) -> None:
+        self._latency.finish(asyncio.get_running_loop().time())
+
+
+def log_unexpected(error: BaseException, response_id: str) -> None:
+    """Keep the traceback of what no client is told about."""
+    if error_reply(error).status >= 500:
+        _log.error("request %s failed: %s", response_id, error, exc_info=error)
+
+
+def _frames(chunks: Iterable[Response]) -> bytes:
+    return b"".join([b"data: " + _encoder.encode(chunk) + b"\n\n" for chunk in chunks])

@@ -1,0 +1,86 @@
+"""What this room needs of an engine: the part of `Engine` that it calls.
+
+Structural types, so that an engine in another process, or a scripted one in a test, serves too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+from pie_async.metrics import EngineStats
+from pie_async.outputs import RequestOutput
+from pie_async.sampling_params import SamplingParams
+
+Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
+"""A text, token ids, or a conversation."""
+
+
+class OutputStream(Protocol):
+    """One accepted request: iterate it to the end, or close it to cancel the request."""
+
+    @property
+    def request_id(self) -> str: ...
+
+    @property
+    def prompt_token_ids(self) -> tuple[int, ...]: ...
+
+    def __aiter__(self) -> OutputStream: ...
+
+    async def __anext__(self) -> RequestOutput: ...
+
+    def cancel(self) -> None:
+        """Ask for the end now; never waits, and does nothing after the end."""
+
+    async def aclose(self) -> None: ...
+
+
+class ServedModel(Protocol):
+    """What clients may know of the model."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def max_model_len(self) -> int: ...
+
+
+class TextDecoder(Protocol):
+    """The part of the tokenizer that echoing prompts takes."""
+
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str: ...
+
+    def token_text(self, token: int) -> str: ...
+
+
+class Backend(Protocol):
+    """A running engine."""
+
+    @property
+    def is_running(self) -> bool: ...
+
+    @property
+    def is_accepting(self) -> bool: ...
+
+    @property
+    def model(self) -> ServedModel: ...
+
+    @property
+    def tokenizer(self) -> TextDecoder: ...
+
+    def stats(self) -> EngineStats: ...
+
+    async def submit(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        request_id: str | None = None,
+        priority: int = 0,
+    ) -> OutputStream:
+        """Accept a request; tokenizing happens off the loop.
+
+        Raises:
+            InvalidRequest, ContextTooLong, Overloaded, EngineStopped: nothing was queued.
+        """
+        ...

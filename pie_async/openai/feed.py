@@ -1,0 +1,107 @@
+"""The outputs of one or several accepted requests as one feed that never goes silent."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from pie_async.errors import EngineStopped
+from pie_async.openai.backend import OutputStream
+from pie_async.outputs import RequestOutput
+
+
+class Arrival(NamedTuple):
+    """An output, which prompt it belongs to, and when it came (loop time, seconds)."""
+
+    prompt_index: int
+    output: RequestOutput
+    at_s: float
+
+
+class OutputFeed:
+    """Merges the streams of one HTTP request, in order of arrival.
+
+    One task per stream reads it as fast as it goes; what waits here is bounded by the
+    requests' `max_tokens`. Whoever builds a feed must `aclose()` it: that cancels whatever has
+    not finished.
+    """
+
+    def __init__(self, streams: Sequence[OutputStream]) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._streams = streams
+        self._arrived: deque[Arrival] = deque()
+        self._error: BaseException | None = None
+        self._waiter: asyncio.Future[None] | None = None
+        self._is_closing = False
+        self._unfinished = {
+            self._loop.create_task(self._pump(index, stream), name=f"feed-{stream.request_id}")
+            for index, stream in enumerate(streams)
+        }
+        for pump in self._unfinished:
+            pump.add_done_callback(self._pump_ended)
+
+    async def next_arrivals(self, *, silence_s: float) -> list[Arrival] | None:
+        """Everything that came since the last call; waits for something to come.
+
+        Returns:
+            None when every stream has ended; an empty list after `silence_s` without output.
+
+        Raises:
+            PieError, or whatever a stream raised, once all that came before it was returned.
+        """
+        if not self._arrived and self._error is None and self._unfinished:
+            await self._wait(silence_s)
+        if self._arrived:
+            arrivals = list(self._arrived)
+            self._arrived.clear()
+            return arrivals
+        if self._error is not None:
+            raise self._error
+        return [] if self._unfinished else None
+
+    def fail(self, error: BaseException) -> None:
+        """End the feed with this error; its requests are cancelled when it is closed."""
+        if self._error is None:
+            self._error = error
+            self._wake()
+
+    async def aclose(self) -> None:
+        """Cancel what has not finished and return when nothing of it is left."""
+        self._is_closing = True
+        for stream in self._streams:
+            stream.cancel()  # before the first await: a second cancellation cannot prevent it
+        for pump in self._unfinished:
+            pump.cancel()
+        if self._unfinished:
+            await asyncio.wait(self._unfinished)
+        for stream in self._streams:
+            await stream.aclose()
+
+    async def _pump(self, index: int, stream: OutputStream) -> None:
+        async for output in stream:
+            self._arrived.append(Arrival(index, output, self._loop.time()))
+            self._wake()
+
+    def _pump_ended(self, pump: asyncio.Task[None]) -> None:
+        self._unfinished.discard(pump)
+        if pump.cancelled():
+            if not self._is_closing:
+                self.fail(EngineStopped("the engine cancelled the request"))
+        elif (error := pump.exception()) is not None:
+            self.fail(error)
+        self._wake()
+
+    async def _wait(self, silence_s: float) -> None:
+        self._waiter = self._loop.create_future()
+        alarm = self._loop.call_later(silence_s, self._wake)
+        try:
+            await self._waiter
+        finally:
+            alarm.cancel()
+            self._waiter = None
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)

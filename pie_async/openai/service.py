@@ -1,0 +1,185 @@
+"""OpenAI's API over an engine, without HTTP."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections.abc import Sequence
+
+from pie_async.openai.answer import Answer, Writer
+from pie_async.openai.backend import Backend, OutputStream, Prompt
+from pie_async.openai.chat import ChatWriter
+from pie_async.openai.completion import CompletionWriter
+from pie_async.openai.errors import ModelNotFound
+from pie_async.openai.feed import OutputFeed
+from pie_async.openai.latency import LatencySink, NoLatencySink, RequestLatency
+from pie_async.openai.requests import (
+    CHAT_READER,
+    COMPLETION_READER,
+    ChatRequest,
+    CompletionRequest,
+    GenerationRequest,
+    respelled,
+)
+from pie_async.openai.responses import ModelCard, ModelList
+from pie_async.openai.usage import UsageCounter
+from pie_async.sampling_params import SamplingParams
+
+
+class OpenAIService:
+    """Turns request bodies into answers. Safe to share by any number of requests.
+
+    In an ASGI or Ray application: `answer = await service.chat(body)`, then send
+    `answer.events()` if `answer.is_streamed`, else `await answer.body()`; an error raised
+    before or by these becomes a response through `errors.error_reply`.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        *,
+        served_model_name: str | None = None,
+        keepalive_s: float = 10.0,
+        sink: LatencySink | None = None,
+    ) -> None:
+        """`keepalive_s`: longest silence of a stream before a comment is sent."""
+        self._backend = backend
+        self._model_name = served_model_name or backend.model.name
+        self._keepalive_s = keepalive_s
+        self._sink = sink or NoLatencySink()
+        self._created = int(time.time())
+
+    def models(self) -> ModelList:
+        """What GET /v1/models answers."""
+        return ModelList(data=[self.model(self._model_name)])
+
+    def model(self, name: str) -> ModelCard:
+        """What GET /v1/models/{name} answers.
+
+        Raises:
+            ModelNotFound: another model is served.
+        """
+        self._check_model(name)
+        return ModelCard(
+            id=name, created=self._created, max_model_len=self._backend.model.max_model_len
+        )
+
+    async def chat(self, body: bytes) -> Answer:
+        """Accept the body of a chat completion request.
+
+        Raises:
+            InvalidRequest, ModelNotFound, ContextTooLong, Overloaded, EngineStopped: nothing
+                was accepted.
+        """
+        started_at_s = asyncio.get_running_loop().time()
+        request = CHAT_READER.read(body)
+        self._check_model(request.model)
+        params = request.sampling_params()
+        messages = request.prompt()
+        response_id = f"chatcmpl-{uuid.uuid4().hex}"
+        with respelled({None: "messages", "prompt": "messages"}):
+            streams = await self._submit(request, [messages], params, response_id)
+        writer = ChatWriter(
+            response_id=response_id,
+            created=int(time.time()),
+            model=self._model_name,
+            choices=params.n,
+            top_logprobs=params.logprobs,
+            has_usage=request.wants_usage_chunk,
+        )
+        return self._answer(request, response_id, streams, writer, started_at_s)
+
+    async def completion(self, body: bytes) -> Answer:
+        """Accept the body of a completions request: one or several prompts.
+
+        Raises: as `chat`.
+        """
+        started_at_s = asyncio.get_running_loop().time()
+        request = COMPLETION_READER.read(body)
+        self._check_model(request.model)
+        params = request.sampling_params()
+        prompts = request.prompts()
+        response_id = f"cmpl-{uuid.uuid4().hex}"
+        with respelled({None: "prompt"}):
+            streams = await self._submit(request, prompts, params, response_id)
+        writer = CompletionWriter(
+            response_id=response_id,
+            created=int(time.time()),
+            model=self._model_name,
+            prompts=len(prompts),
+            n=params.n,
+            echoes=await self._prompt_texts(prompts, streams) if request.echo else None,
+            top_logprobs=params.logprobs,
+            token_text=self._backend.tokenizer.token_text,
+            has_usage=request.wants_usage_chunk,
+        )
+        return self._answer(request, response_id, streams, writer, started_at_s)
+
+    def _check_model(self, name: str | None) -> None:
+        if name is not None and name != self._model_name:
+            raise ModelNotFound(name, served=self._model_name)
+
+    async def _submit(
+        self,
+        request: ChatRequest | CompletionRequest,
+        prompts: Sequence[Prompt],
+        params: SamplingParams,
+        response_id: str,
+    ) -> list[OutputStream]:
+        streams: list[OutputStream] = []
+        try:
+            for index, prompt in enumerate(prompts):
+                stream = await self._backend.submit(
+                    prompt,
+                    params,
+                    request_id=response_id if len(prompts) == 1 else f"{response_id}-{index}",
+                    priority=request.priority or 0,
+                )
+                streams.append(stream)
+        except BaseException:
+            await _close(streams)
+            raise
+        return streams
+
+    async def _prompt_texts(
+        self, prompts: Sequence[str] | Sequence[list[int]], streams: Sequence[OutputStream]
+    ) -> list[str]:
+        """Off the loop: decoding a long prompt takes milliseconds."""
+        decode = self._backend.tokenizer.decode
+        try:
+            return [
+                prompt if isinstance(prompt, str) else await asyncio.to_thread(decode, prompt)
+                for prompt in prompts
+            ]
+        except BaseException:
+            await _close(streams)
+            raise
+
+    def _answer(
+        self,
+        request: GenerationRequest,
+        response_id: str,
+        streams: Sequence[OutputStream],
+        writer: Writer,
+        started_at_s: float,
+    ) -> Answer:
+        return Answer(
+            response_id=response_id,
+            feed=OutputFeed(streams),
+            writer=writer,
+            usage=UsageCounter(sum(len(stream.prompt_token_ids) for stream in streams)),
+            latency=RequestLatency(
+                self._sink, started_at_s=started_at_s, is_streamed=request.is_streamed
+            ),
+            is_streamed=request.is_streamed,
+            wants_usage_chunk=request.wants_usage_chunk,
+            keepalive_s=self._keepalive_s,
+        )
+
+
+async def _close(streams: Sequence[OutputStream]) -> None:
+    for stream in streams:
+        stream.cancel()
+    for stream in streams:
+        await stream.aclose()

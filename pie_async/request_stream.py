@@ -1,0 +1,243 @@
+"""A request's outputs on their way to its reader.
+
+The delivery actor pushes what happened; the reader takes what is new whenever it likes. A
+slow reader costs nothing but the text itself: what it missed is waiting for it in one piece.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from pie_async.core.stop_strings import StopMatcher
+from pie_async.errors import PieError
+from pie_async.ids import SequenceId
+from pie_async.messages import Advance, PromptLogprobs, SampledToken
+from pie_async.outputs import (
+    CompletionOutput,
+    FinishReason,
+    Logprob,
+    RequestOutput,
+    TokenLogprobs,
+)
+from pie_async.sampling_params import SamplingParams
+
+
+class TextDecoder(Protocol):
+    """Turns one sequence's tokens into text, never splitting a character."""
+
+    def push(self, token: int) -> str: ...
+    def flush(self) -> str: ...
+
+
+TokenText = Callable[[int], str]
+
+
+class SequenceOutput:
+    """One sequence's output so far."""
+
+    def __init__(
+        self, index: int, params: SamplingParams, decoder: TextDecoder, token_text: TokenText
+    ) -> None:
+        self.index = index
+        self._params = params
+        self._decoder = decoder
+        self._token_text = token_text
+        self._stops = StopMatcher(
+            params.stop, include_stop=params.include_stop_str_in_output
+        )
+        self._text: list[str] = []
+        self._tokens: list[int] = []
+        self._logprobs: list[TokenLogprobs] = []
+        self._taken = (0, 0)  # pieces of text and tokens that a delta reader has
+        self.finish_reason: FinishReason | None = None
+        self.stop_reason: int | str | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self._tokens)
+
+    @property
+    def has_news(self) -> bool:
+        return self._taken != (len(self._text), len(self._tokens))
+
+    def push(self, advance: Advance) -> bool:
+        """Take in what happened; True if the text reached a stop string just now."""
+        if self.finish_reason is not None:
+            return False
+        if advance.token is not None:
+            self._tokens.append(advance.token.token)
+            if self._params.logprobs is not None:
+                self._logprobs.append(logprobs_of(advance.token, self._token_text))
+            if self._shows_text(advance) and self._add_text(self._decoder.push(self._tokens[-1])):
+                return True
+        if advance.finish_reason is not None:
+            self._finish(advance)
+        return False
+
+    def _shows_text(self, advance: Advance) -> bool:
+        """A token that ended the output is no text, unless it was asked for."""
+        is_end = advance.finish_reason == "stop"
+        is_wanted = self._params.include_stop_str_in_output and advance.stop_token is not None
+        return not is_end or is_wanted
+
+    def _add_text(self, text: str) -> bool:
+        if not self._params.stop:
+            if text:
+                self._text.append(text)
+            return False
+        visible, stop = self._stops.feed(text)
+        if visible:
+            self._text.append(visible)
+        if stop is not None:
+            self.finish_reason, self.stop_reason = "stop", stop
+        return stop is not None
+
+    def _finish(self, advance: Advance) -> None:
+        if self._add_text(self._decoder.flush()):
+            return
+        self._text.append(self._stops.flush())
+        self.finish_reason = advance.finish_reason
+        self.stop_reason = advance.stop_token
+
+    def take(self, *, is_delta: bool) -> CompletionOutput:
+        """What there is, or what is new since the last call."""
+        texts, tokens = self._taken if is_delta else (0, 0)
+        self._taken = (len(self._text), len(self._tokens))
+        has_logprobs = self._params.logprobs is not None
+        return CompletionOutput(
+            index=self.index,
+            text="".join(self._text[texts:]),
+            token_ids=tuple(self._tokens[tokens:]),
+            logprobs=tuple(self._logprobs[tokens:]) if has_logprobs else None,
+            finish_reason=self.finish_reason,
+            stop_reason=self.stop_reason,
+        )
+
+
+def logprobs_of(token: SampledToken, token_text: TokenText) -> TokenLogprobs:
+    """The chosen token first, then the likeliest ones in order."""
+    entries = {token.token: Logprob(token.logprob, token.rank, token_text(token.token))}
+    for rank, (other, logprob) in enumerate(token.top, start=1):
+        entries.setdefault(other, Logprob(logprob, rank, token_text(other)))
+    return entries
+
+
+class RequestStream:
+    """An async iterator of one request's `RequestOutput`s.
+
+    Leave it early through `aclose()` (or `contextlib.aclosing`) and the request is cancelled.
+    """
+
+    def __init__(
+        self,
+        *,
+        request_id: str,
+        prompt: str | None,
+        prompt_tokens: tuple[int, ...],
+        params: SamplingParams,
+        sequences: Sequence[SequenceId],
+        outputs: Sequence[SequenceOutput],
+        cancel: Callable[[RequestStream], None],
+        token_text: TokenText,
+    ) -> None:
+        self.request_id = request_id
+        self.prompt_token_ids = prompt_tokens
+        self.params = params
+        self.sequences = tuple(sequences)
+        self._prompt = prompt
+        self._outputs = dict(zip(sequences, outputs, strict=True))
+        self._cancel = cancel
+        self._token_text = token_text
+        self._prompt_logprobs: list[TokenLogprobs | None] = [None]
+        self._num_cached = 0
+        self._error: PieError | None = None
+        self._is_over = False
+        self._news = asyncio.Event()
+
+    # --- the reader's side ------------------------------------------------------------------
+
+    def __aiter__(self) -> RequestStream:
+        return self
+
+    async def __anext__(self) -> RequestOutput:
+        """The next output, waiting for news.
+
+        Raises:
+            EngineStopped: the engine ended before the request did.
+        """
+        if self._is_over:
+            raise StopAsyncIteration
+        while not self._is_due:
+            self._news.clear()
+            await self._news.wait()
+        if self._error is not None:
+            self._is_over = True
+            raise self._error
+        self._is_over = self.is_finished
+        return self._output()
+
+    def cancel(self) -> None:
+        """End the request now; the stream then ends with finish reason "cancelled"."""
+        if not self.is_finished and self._error is None:
+            self._cancel(self)
+
+    async def aclose(self) -> None:
+        """Stop reading; what still runs is cancelled."""
+        self._is_over = True
+        self.cancel()
+
+    @property
+    def is_finished(self) -> bool:
+        return all(output.finish_reason is not None for output in self._outputs.values())
+
+    @property
+    def unfinished(self) -> tuple[SequenceId, ...]:
+        return tuple(seq for seq, out in self._outputs.items() if out.finish_reason is None)
+
+    @property
+    def _is_due(self) -> bool:
+        if self._error is not None or self.is_finished:
+            return True
+        if self.params.output_kind == "final":
+            return False
+        return any(output.has_news for output in self._outputs.values())
+
+    def _output(self) -> RequestOutput:
+        is_delta = self.params.output_kind == "delta"
+        outputs = self._outputs.values()
+        shown = [out for out in outputs if not is_delta or out.has_news or out.finish_reason]
+        prompt_logprobs = None
+        if self.params.prompt_logprobs is not None:
+            prompt_logprobs = tuple(self._prompt_logprobs)
+        return RequestOutput(
+            request_id=self.request_id,
+            prompt=self._prompt,
+            prompt_token_ids=self.prompt_token_ids,
+            outputs=tuple(output.take(is_delta=is_delta) for output in shown),
+            finished=self.is_finished,
+            prompt_logprobs=prompt_logprobs,
+            num_cached_tokens=self._num_cached,
+        )
+
+    # --- the delivery actor's side -----------------------------------------------------------
+
+    def push(self, advance: Advance) -> bool:
+        """Take in what happened to a sequence; True if it reached a stop string just now."""
+        has_stopped = self._outputs[advance.sequence].push(advance)
+        if advance.cached_tokens:
+            self._num_cached = max(self._num_cached, advance.cached_tokens)
+        self._news.set()
+        return has_stopped
+
+    def push_prompt(self, entry: PromptLogprobs) -> None:
+        """Take in logprobs of prompt tokens; those of the first sequence stand for all."""
+        if entry.sequence == self.sequences[0] and entry.first == len(self._prompt_logprobs):
+            self._prompt_logprobs += [logprobs_of(t, self._token_text) for t in entry.tokens]
+
+    def fail(self, error: PieError) -> None:
+        """End the stream with an error, unless all its outputs are complete."""
+        if not self.is_finished:
+            self._error = error
+        self._news.set()

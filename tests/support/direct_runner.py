@@ -1,0 +1,150 @@
+"""Drives a ModelRunner without engine, scheduler or device: it owns the slots itself."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from pie_async.messages import (
+    LaneBinding,
+    PromptLogprobs,
+    Row,
+    RunIteration,
+    SampledToken,
+    TableUpdate,
+)
+from pie_async.model.decoder import Decoder
+from pie_async.model.runner import ModelRunner
+from pie_async.sampling_params import SamplingParams
+
+GREEDY = SamplingParams(temperature=0.0)
+
+
+@dataclasses.dataclass
+class _Running:
+    """A sequence: what was fed, and where its KV lies."""
+
+    prompt: tuple[int, ...]
+    sampling: SamplingParams
+    fed: int = 0
+    num_output: int = 0
+    slots: list[int] = dataclasses.field(default_factory=list)
+
+
+class DirectRunner:
+    """Runs prompts together through a ModelRunner and keeps every sampled row's logits.
+
+    Args:
+        slots: per layer; which of them a block gets is drawn from `seed`.
+        poison: fill all KV with NaN first, as if freed slots had been poisoned.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        *,
+        lanes: int = 8,
+        slots: int = 256,
+        block_tokens: int = 4,
+        max_blocks: int = 64,
+        seed: int = 0,
+        poison: bool = True,
+    ) -> None:
+        config = decoder.config
+        shape = (slots, 2, block_tokens, config.kv_heads, config.head_dim)
+        fill = float("nan") if poison else 0.0
+        self.kv = [torch.full(shape, fill, dtype=decoder.dtype) for _ in range(config.num_layers)]
+        self.runner = ModelRunner(
+            decoder, self.kv, lanes=lanes, max_blocks=max_blocks, block_tokens=block_tokens
+        )
+        self._num_layers = config.num_layers
+        self._block_tokens = block_tokens
+        self._free = list(range(slots))
+        random.Random(seed).shuffle(self._free)
+        self._running: dict[int, _Running] = {}
+        self._iteration = 0
+        self._logits: list[Tensor] = []
+        self.logits: dict[int, list[Tensor]] = {}
+        """By lane: the [vocab] logits of each of its sampled tokens, before sampling."""
+        sample = self.runner._sampler.sample
+
+        def keep_and_sample(logits, *args):
+            self._logits = list(logits.clone())
+            return sample(logits, *args)
+
+        self.runner._sampler.sample = keep_and_sample
+
+    def submit(
+        self, lane: int, prompt: Sequence[int], sampling: SamplingParams = GREEDY
+    ) -> LaneBinding:
+        """A binding to give to the next `iterate`."""
+        self._running[lane] = _Running(tuple(prompt), sampling)
+        self.logits[lane] = []
+        return LaneBinding(
+            lane=lane,
+            sequence=100 + lane,
+            sampling=sampling,
+            seed=lane,
+            stop_ids=(),
+            prompt_len=len(prompt),
+            history=tuple(prompt) if sampling.counts_tokens else (),
+        )
+
+    def row(self, lane: int, most: int | None = None) -> tuple[Row, list[TableUpdate]]:
+        """The lane's next chunk of at most `most` prompt tokens, or its next decode row."""
+        sequence = self._running[lane]
+        tokens = sequence.prompt[sequence.fed :][:most]
+        is_sampled = sequence.fed + len(tokens) >= len(sequence.prompt)
+        row = Row(100 + lane, lane, sequence.fed, tokens, is_sampled)
+        sequence.fed += row.num_tokens
+        first = len(sequence.slots)
+        while len(sequence.slots) * self._block_tokens < sequence.fed:
+            sequence.slots.append(self._free.pop())
+        new = tuple(sequence.slots[first:])
+        return row, [TableUpdate(lane, first, new)] if new else []
+
+    def iterate(
+        self,
+        lanes: Sequence[int],
+        *,
+        bindings: Sequence[LaneBinding] = (),
+        chunk: int | None = None,
+    ) -> tuple[tuple[SampledToken, ...], tuple[PromptLogprobs, ...]]:
+        """One iteration with a row for each of these lanes, layer by layer."""
+        rows, tables = [], []
+        for lane in lanes:
+            row, update = self.row(lane, chunk)
+            rows.append(row)
+            tables += update
+        command = RunIteration(
+            iteration=self._iteration,
+            rows=tuple(rows),
+            bindings=tuple(bindings),
+            tables=tuple(tables),
+        )
+        self._iteration += 1
+        forward = self.runner.begin(command)
+        for layer in range(self._num_layers):
+            self.runner.run_layers(forward, range(layer, layer + 1))
+        self._logits = []
+        self.runner.sample(forward)
+        for token, logits in zip(forward.sampled, self._logits, strict=True):
+            self.logits[token.sequence - 100].append(logits)
+        return forward.sampled, forward.prompt_logprobs
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], num_tokens: int, *, chunk: int | None = None
+    ) -> list[list[int]]:
+        """Output tokens of all prompts, run together; prompts in chunks mix with decode rows."""
+        bindings = [self.submit(lane, prompt) for lane, prompt in enumerate(prompts)]
+        outputs: list[list[int]] = [[] for _ in prompts]
+        while lanes := [lane for lane, out in enumerate(outputs) if len(out) < num_tokens]:
+            sampled, _ = self.iterate(lanes, bindings=bindings, chunk=chunk)
+            bindings = []
+            for token in sampled:
+                outputs[token.sequence - 100].append(token.token)
+        return outputs
