@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any, Self
 
@@ -78,7 +78,7 @@ class Engine:
         self._streams: dict[str, RequestStream] = {}
         self._is_draining = False
         self._failure: PieError | None = None
-        self._dice = random.Random(config.seed)  # noqa: S311 - sampling seeds, no secrets
+        self._dice = random.Random(config.seed)
         self._numbers = _Numbers()
         self._started_s = 0.0
         self.story: Story | None = None
@@ -246,10 +246,13 @@ class Engine:
             return await self._encode(len(prompt), tokenizer.encode, prompt)
         if not prompt:
             raise InvalidRequest("the prompt is empty", param="prompt")
-        if isinstance(prompt[0], Mapping):
-            num_chars = sum(len(str(m.get("content", ""))) for m in prompt)  # type: ignore[union-attr]
-            return await self._encode(num_chars, tokenizer.encode_chat, prompt)
-        return list(prompt)  # type: ignore[arg-type]
+        messages = [part for part in prompt if isinstance(part, Mapping)]
+        if not messages:
+            return [part for part in prompt if not isinstance(part, Mapping)]
+        if len(messages) < len(prompt):
+            raise InvalidRequest("a prompt is all messages or all token ids", param="prompt")
+        num_chars = sum(len(str(message.get("content", ""))) for message in messages)
+        return await self._encode(num_chars, tokenizer.encode_chat, messages)
 
     async def _encode(self, num_chars: int, encode: Any, prompt: Any) -> list[int]:
         most_chars = self.model.max_model_len * MOST_CHARS_PER_TOKEN
@@ -396,7 +399,14 @@ class _Numbers:
 class _Actors:
     """One engine's actors, wired."""
 
-    def __init__(self, parts: Parts, config: EngineConfig, story: Story, *, on_finished: Any):
+    def __init__(
+        self,
+        parts: Parts,
+        config: EngineConfig,
+        story: Story,
+        *,
+        on_finished: Callable[[RequestStream], None],
+    ) -> None:
         observer = story.note
         memory = parts.device.memory
         most_streamed = min(memory.staging_slots, memory.host_slots)

@@ -44,9 +44,7 @@ class SequenceOutput:
         self._params = params
         self._decoder = decoder
         self._token_text = token_text
-        self._stops = StopMatcher(
-            params.stop, include_stop=params.include_stop_str_in_output
-        )
+        self._stops = StopMatcher(params.stop, include_stop=params.include_stop_str_in_output)
         self._text: list[str] = []
         self._tokens: list[int] = []
         self._logprobs: list[TokenLogprobs] = []

@@ -40,7 +40,6 @@ from pie_async.metrics import EngineStats
 from pie_async.runtime.actor import Actor, Observer
 from pie_async.runtime.mailbox import Mailbox
 
-
 NO_ITERATION = IterationId(0)
 """Set in facts that no iteration caused."""
 

@@ -19,6 +19,10 @@ _HEADERS = {
 }
 
 
+_NEVER_BLOCKS_BYTES = 16 * 1024
+"""Far below the transport's high-water mark."""
+
+
 async def send_events(
     request: web.Request, answer: Answer, *, stall_timeout_s: float
 ) -> web.StreamResponse:
@@ -32,8 +36,7 @@ async def send_events(
         await response.prepare(request)
         async with aclosing(answer.events()) as events:
             async for data in events:
-                async with asyncio.timeout(stall_timeout_s):
-                    await response.write(data)
+                await _write(request, response, data, stall_timeout_s)
         await response.write_eof()
     except TimeoutError:
         _log.warning(
@@ -44,3 +47,16 @@ async def send_events(
     except ConnectionResetError:
         _log.debug("%s: the client went away", answer.response_id)
     return response
+
+
+async def _write(
+    request: web.Request, response: web.StreamResponse, data: bytes, stall_timeout_s: float
+) -> None:
+    """Raises TimeoutError when the client does not make room in time."""
+    transport = request.transport
+    has_room = transport is not None and transport.get_write_buffer_size() == 0
+    if has_room and len(data) <= _NEVER_BLOCKS_BYTES:
+        await response.write(data)  # a timer per token would cost as much as encoding it
+    else:
+        async with asyncio.timeout(stall_timeout_s):
+            await response.write(data)

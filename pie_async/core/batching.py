@@ -32,14 +32,40 @@ class IterationPlan:
 def plan_iteration(schedule: Schedule, iteration: IterationId) -> IterationPlan:
     """Decide the next iteration and record it as launched.
 
-    Changes `schedule`; the caller must carry the plan out (if it has rows: issue it).
+    Changes `schedule`; the caller must carry the plan out. An empty plan means that there is
+    something to wait for: an iteration or a copy under way.
     """
+    while True:
+        before = _position(schedule)
+        plan = _plan_once(schedule, iteration)
+        moves = plan.swap_out or plan.swap_in or schedule.has_moves
+        if plan.rows or moves or schedule.in_flight or schedule.is_idle:
+            return plan
+        # Nothing is under way that could report back: making room must have made some.
+        assert _position(schedule) != before, f"the schedule is stuck: {before}"
+
+
+def _position(schedule: Schedule) -> tuple[int, ...]:
+    return (
+        len(schedule.running),
+        len(schedule.resuming),
+        len(schedule.parked),
+        schedule.num_waiting,
+        schedule.residency.free_device,
+        schedule.residency.available_host,
+        schedule.residency.num_streamed,
+        schedule.is_starved,
+    )
+
+
+def _plan_once(schedule: Schedule, iteration: IterationId) -> IterationPlan:
     plan = IterationPlan(iteration)
     pressure.preempt(schedule)
     batch = _Batch(schedule, plan)
     batch.decode()
     batch.prefill()
     batch.admit()
+    schedule.starved_plans = schedule.starved_plans + 1 if schedule.is_starved else 0
     plan.swap_out, plan.swap_in = pressure.relieve(schedule, batch.next_chunk_blocks)
     if not plan.rows:
         return plan

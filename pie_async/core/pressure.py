@@ -15,6 +15,11 @@ from pie_async.core.sequence import Sequence
 from pie_async.messages import BlockMove
 
 MOST_PROMOTIONS_PER_ITERATION = 32
+LOOKAHEAD_ITERATIONS = 4
+"""How early room is made for a sequence's next block: a copy to the pool takes a while."""
+PATIENCE_PLANS = 4
+"""Plans in a row with a starved sequence before another one is parked: blocks written by the
+iterations in flight may be demoted once those settle."""
 SHRINK_TOLERANCE = 1.1
 """Streamed blocks may exceed a lowered limit by this factor before a sequence is parked."""
 
@@ -42,13 +47,17 @@ def preempt(schedule: Schedule) -> None:
     """Before an iteration is put together: stop what cannot go on.
 
     A sequence is parked when another one found no device slot and none is about to be freed,
-    or when more is streamed than may be.
+    or when more is streamed than may be. With the pool full as well, the parked sequence that
+    would come back last gives its KV up.
     """
     residency = schedule.residency
-    if schedule.is_starved and residency.free_device + residency.coming_device == 0:
-        if len(schedule.running) > 1:
+    if schedule.starved_plans > PATIENCE_PLANS or (schedule.is_starved and not schedule.in_flight):
+        if residency.free_device + residency.coming_device > 0:
+            return
+        holders = [seq for seq in schedule.parked if seq.demote_from < len(seq.table)]
+        if not holders and len(schedule.running) > 1:
             schedule.park(schedule.running[-1])
-        else:
+        elif residency.available_host == 0:
             _drop_last_parked(schedule)
     elif residency.num_streamed > schedule.streamed_limit * SHRINK_TOLERANCE + 1:
         _shrink(schedule)
@@ -57,7 +66,7 @@ def preempt(schedule: Schedule) -> None:
 def relieve(schedule: Schedule, next_chunk_blocks: int) -> tuple[list[BlockMove], list[BlockMove]]:
     """Decide the moves that the coming iterations need: (swap-outs, swap-ins)."""
     residency = schedule.residency
-    growth = 2 * len(schedule.running) // schedule.block_tokens + 1 if schedule.running else 0
+    growth = _growth_blocks(schedule)
     wanted = growth + next_chunk_blocks
     wanted += _resume_blocks(schedule) if schedule.parked else _admission_blocks(schedule)
     shortage = wanted - residency.free_device - residency.coming_device
@@ -68,6 +77,15 @@ def relieve(schedule: Schedule, next_chunk_blocks: int) -> tuple[list[BlockMove]
     if not schedule.parked and schedule.num_waiting == 0:
         swap_in += _promote_streamed(schedule, residency.free_device - wanted - growth)
     return swap_out, swap_in
+
+
+def _growth_blocks(schedule: Schedule) -> int:
+    """Device slots that running sequences will start to write in the next iterations."""
+    size = schedule.block_tokens
+    return sum(
+        seq.num_launched + LOOKAHEAD_ITERATIONS > len(seq.table) * size
+        for seq in schedule.running
+    )
 
 
 def _admission_blocks(schedule: Schedule) -> int:

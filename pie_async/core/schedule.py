@@ -75,6 +75,8 @@ class Schedule:
     lanes: SlotPool = field(init=False)
     is_starved: bool = False
     """Whether a running sequence found no device slot for its next tokens."""
+    starved_plans: int = 0
+    """For how many plans in a row."""
     waiting_blocks: int = 0
     """Blocks that the waiting sequences' tokens need."""
     num_waiting: int = 0
@@ -217,7 +219,7 @@ class Schedule:
         assert seq.launches_in_flight == 0
         self.parked.remove(seq)
         self._release_table(seq)
-        seq.num_launched = seq.num_settled = seq.num_sealed = 0
+        seq.num_launched = seq.num_settled = seq.num_sealed = seq.demote_from = 0
         seq.move_to(State.WAITING)
         self._enqueue(seq)
         self.counts.preemptions_parked -= 1

@@ -13,6 +13,7 @@ import ctypes
 import threading
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from queue import SimpleQueue
 from typing import TYPE_CHECKING
 
@@ -20,7 +21,7 @@ import torch
 
 from pie_async.core.layout import KvLayout
 from pie_async.device.aliased_arena import AliasedArena
-from pie_async.device.protocol import MemoryPlan, Span
+from pie_async.device.protocol import Event, MemoryPlan, Pass, Span
 from pie_async.errors import DeviceFault
 from pie_async.messages import (
     BlockMove,
@@ -119,17 +120,18 @@ class CpuStream:
         )
         return event
 
-    def wait(self, event: CpuEvent) -> None:
+    def wait(self, event: Event) -> None:
+        assert isinstance(event, CpuEvent)
         if event.has_fired and event.fault is None:
             return
 
-        def wait() -> None:
-            began_s = time.perf_counter()
-            event.wait()
-            self._waited_s += time.perf_counter() - began_s
-            self._fault = self._fault or event.fault
+        self._work.put(partial(self._await, event))
 
-        self._work.put(wait)
+    def _await(self, event: CpuEvent) -> None:
+        began_s = time.perf_counter()
+        event.wait()
+        self._waited_s += time.perf_counter() - began_s
+        self._fault = self._fault or event.fault
 
     def _run(self) -> None:
         with torch.inference_mode():
@@ -228,7 +230,9 @@ class CpuDevice:
         self.compute.put(begin)
         return forward
 
-    def run_layers(self, forward: CpuPass, layers: range, *, is_staged: bool) -> None:
+    def run_layers(self, forward: Pass, layers: range, *, is_staged: bool) -> None:
+        assert isinstance(forward, CpuPass)
+
         def run() -> None:
             assert forward.model_pass is not None
             self._model.run_layers(forward.model_pass, layers)
@@ -238,7 +242,9 @@ class CpuDevice:
 
         self.compute.put(run)
 
-    def sample(self, forward: CpuPass) -> None:
+    def sample(self, forward: Pass) -> None:
+        assert isinstance(forward, CpuPass)
+
         def sample() -> None:
             assert forward.model_pass is not None
             self._model.sample(forward.model_pass)
@@ -303,9 +309,10 @@ class CpuDevice:
 
     # --- completions ------------------------------------------------------------------------
 
-    def notify(self, event: CpuEvent, callback: Callable[[BaseException | None], None]) -> None:
+    def notify(self, event: Event, callback: Callable[[BaseException | None], None]) -> None:
         loop = self._loop
         assert loop is not None, "start() comes before notify()"
+        assert isinstance(event, CpuEvent)
 
         def announce(fired: CpuEvent) -> None:
             fault = fired.fault
@@ -322,7 +329,8 @@ class CpuDevice:
 
         event.listen(announce)
 
-    def span(self, first: CpuEvent, last: CpuEvent) -> Span:
+    def span(self, first: Event, last: Event) -> Span:
+        assert isinstance(first, CpuEvent) and isinstance(last, CpuEvent)
         return Span(last.busy_s - first.busy_s, last.waited_s - first.waited_s)
 
     async def drain(self) -> None:

@@ -19,6 +19,7 @@ from pie_async.device.sim_memory import (
     SimMemory,
     describe_contents,
     pack_owner,
+    sequence_of,
     slots_array,
 )
 from pie_async.errors import DeviceFault
@@ -106,10 +107,16 @@ class KvChecker:
             self.memory.begin(operation)
             locations = self.memory.device(expected.reads, layer)
             found = self.memory.read(operation, locations)
-            for at in np.flatnonzero(found != expected.tags).tolist():
-                self._require_more(checked, operation, at, int(locations[at]), int(found[at]))
+            tags = found - _layer_salt(layer)
+            for at in np.flatnonzero(tags != expected.tags).tolist():
+                self._require_more(checked, operation, layer, at, int(tags[at]))
             written = self.memory.device(expected.writes, layer)
-            self.memory.write(operation, written, expected.new_tags, expected.new_owners)
+            self.memory.write(
+                operation,
+                written,
+                expected.new_tags + _layer_salt(layer),
+                expected.new_owners + pack_owner(0, layer, 0, 0),
+            )
 
     # --- the copy streams -------------------------------------------------------------------
 
@@ -176,7 +183,7 @@ class KvChecker:
                 self._check_tail(row, block, table[block])
                 writes.append(table[block])
                 new_tags.append(prefix[until - 1])
-                new_owners.append(pack_owner(row.sequence, block, until - block * block_tokens))
+                new_owners.append(pack_owner(row.sequence, 0, block, until - block * block_tokens))
             row_ends.append(len(reads))
         return _Expectation(
             slots_array(reads),
@@ -216,7 +223,7 @@ class KvChecker:
         locations = self.memory.device(slots_array(table[:blocks]), 0).tolist()
         found = [self.memory.tag(location) for location in locations]
         owners = [self.memory.owner(location) for location in locations]
-        writer = self._prefixes.get(SequenceId(owners[-1] >> 32), [])
+        writer = self._prefixes.get(SequenceId(sequence_of(owners[-1])), [])
         if 0 in found or writer[block_tokens - 1 : row.start : block_tokens] != found:
             contents = "; ".join(describe_contents(owner) for owner in owners[:8])
             raise CorruptKv(
@@ -253,7 +260,7 @@ class KvChecker:
             )
 
     def _require_more(
-        self, checked: CheckedPass, operation: Operation, at: int, location: int, found: int
+        self, checked: CheckedPass, operation: Operation, layer: int, at: int, found: int
     ) -> None:
         """A tail may hold more of its own sequence than is needed: tokens fed again."""
         assert checked.expectation is not None
@@ -265,12 +272,18 @@ class KvChecker:
         if found in self._prefixes[row.sequence][row.start : (block + 1) * block_tokens]:
             return
         num_tokens = min(row.start - block * block_tokens, block_tokens)
-        needed = describe_contents(pack_owner(row.sequence, block, num_tokens))
+        needed = describe_contents(pack_owner(row.sequence, layer, block, num_tokens))
+        location = int(self.memory.device(checked.expectation.reads[at : at + 1], layer)[0])
         raise CorruptKv(
             f"{operation.label}, sequence {row.sequence}, block {block}: slot "
             f"{checked.expectation.reads[at]} ({self.memory.describe(location)}) should hold "
             f"{needed}, but holds {self.memory.found_owner(operation, location)}"
         )
+
+
+def _layer_salt(layer: int) -> np.int64:
+    """What tells one layer's KV of the same tokens from another's; 0 for layer 0."""
+    return np.int64(layer * 0x9E3779B97F4A7C1 % (1 << 62))
 
 
 def check_rows(rows: Sequence[FedRow]) -> None:

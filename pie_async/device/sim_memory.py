@@ -1,8 +1,8 @@
 """What the simulated device's memory holds, and whether every read finds what it should.
 
-No tensors: a location (one layer of one slot) holds a tag, the hash of all tokens from the
-start of the sequence to the last one written there. Equal tags mean equal KV, whoever wrote
-it, so shared prefixes need no special case.
+No tensors: a location (one layer of one slot) holds a tag, the hash of the layer and of all
+tokens from the start of the sequence to the last one written there. Equal tags mean equal
+KV, whoever wrote it, so shared prefixes need no special case.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from pie_async.errors import DeviceFault
 
 STREAMS = ("compute", "h2d", "d2h")
 
-_TOKEN_BITS, _BLOCK_BITS = 12, 20
+_TOKEN_BITS, _BLOCK_BITS, _LAYER_BITS = 10, 18, 8
+_SEQUENCE_SHIFT = _TOKEN_BITS + _BLOCK_BITS + _LAYER_BITS
 
 
 class CorruptKv(DeviceFault):
@@ -35,18 +36,25 @@ class Operation(NamedTuple):
     end_s: float
 
 
-def pack_owner(sequence: int, block: int, num_tokens: int) -> int:
-    """Who wrote a location last, for errors: 2**31 sequences, 2**20 blocks, 2**12 tokens."""
-    return (sequence << _BLOCK_BITS | block) << _TOKEN_BITS | num_tokens
+def pack_owner(sequence: int, layer: int, block: int, num_tokens: int) -> int:
+    """Who wrote a location last, for errors: 27, 8, 18 and 10 bits."""
+    packed = sequence << _LAYER_BITS | layer
+    return (packed << _BLOCK_BITS | block) << _TOKEN_BITS | num_tokens
+
+
+def sequence_of(owner: int) -> int:
+    """The sequence in what `pack_owner` packed."""
+    return owner >> _SEQUENCE_SHIFT
 
 
 def describe_contents(owner: int) -> str:
-    """The reverse of `pack_owner`, for people."""
+    """What `pack_owner` packed, for people."""
     if owner == 0:
         return "nothing"
     num_tokens = owner & ((1 << _TOKEN_BITS) - 1)
     block = (owner >> _TOKEN_BITS) & ((1 << _BLOCK_BITS) - 1)
-    return f"{num_tokens} tokens of block {block} of sequence {owner >> 32}"
+    layer = (owner >> (_TOKEN_BITS + _BLOCK_BITS)) & ((1 << _LAYER_BITS) - 1)
+    return f"{num_tokens} tokens of block {block} of sequence {sequence_of(owner)} in layer {layer}"
 
 
 class SimMemory:

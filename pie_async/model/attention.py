@@ -52,6 +52,26 @@ class PagedKv:
         self.block_bytes = kv[0].numel() * kv.element_size()
 
 
+class Workspace:
+    """Memory that gathers share, one after the other, and that outlives iterations.
+
+    Fresh memory for every gather costs as much in page faults as the gather itself.
+    """
+
+    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
+        self._memory = torch.empty(0, dtype=dtype, device=device)
+
+    def rows(self, count: int, width: int) -> Tensor:
+        """[count, width], overwritten by whoever asks next."""
+        needed = count * width
+        if len(self._memory) < needed:
+            # Let go of the old before allocating: contexts grow a little in every iteration.
+            dtype, device = self._memory.dtype, self._memory.device
+            self._memory = torch.empty(0, dtype=dtype, device=device)
+            self._memory = torch.empty(needed * 5 // 4, dtype=dtype, device=device)
+        return self._memory[:needed].view(count, width)
+
+
 class _Writes(msgspec.Struct, frozen=True):
     """Where the fed tokens' KV goes."""
 
@@ -81,9 +101,10 @@ class _Gather(msgspec.Struct, frozen=True):
 class AttentionPlan:
     """What every layer with the same window does in one iteration."""
 
-    def __init__(self, writes: _Writes, gathers: Sequence[_Gather]) -> None:
+    def __init__(self, writes: _Writes, gathers: Sequence[_Gather], workspace: Workspace) -> None:
         self._writes = writes
         self._gathers = gathers
+        self._workspace = workspace
 
     def attend(self, kv: PagedKv, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """Write keys and values, then attend: [n, heads * head_dim].
@@ -111,7 +132,8 @@ class AttentionPlan:
         if gather.halves is None:
             k, v = keys[gather.tokens].unsqueeze(0), values[gather.tokens].unsqueeze(0)
         else:
-            found = kv.halves.index_select(0, gather.halves)
+            found = self._workspace.rows(len(gather.halves), kv.halves.shape[1])
+            torch.index_select(kv.halves, 0, gather.halves, out=found)
             shape = (2, gather.rows or 1, -1, kv.kv_heads, kv.head_dim)
             k, v = found.view(shape)[:, :, : gather.context]
         # [rows, heads, tokens, head_dim]: decode rows are a batch, a prefill row is one of many
@@ -144,6 +166,7 @@ class Planner:
         self._tables = tables
         self._dtype = dtype
         self._device = tables.device
+        self._workspace = Workspace(dtype, tables.device)
 
     def plan(
         self,
@@ -160,7 +183,7 @@ class Planner:
         """
         writes = self._writes(spans, lanes, positions)
         return {
-            window: AttentionPlan(writes, list(self._gathers(spans, window)))
+            window: AttentionPlan(writes, list(self._gathers(spans, window)), self._workspace)
             for window in dict.fromkeys(windows)
         }
 

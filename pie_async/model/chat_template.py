@@ -2,6 +2,10 @@
 
 Templates are programs that come with a model. They run in minijinja, which cannot reach
 Python objects, and with a fuel limit, so that one that loops ends in an error.
+
+Known differences from Jinja2: formatting a string with `%` is refused, and `str.title()` starts
+words at white space only. Memory has no limit of its own: a template that doubles a string again
+and again can still fill it, so templates come from the model's directory and never from a request.
 """
 
 from __future__ import annotations

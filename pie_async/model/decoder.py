@@ -10,8 +10,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from pie_async.model.config import OPT_POSITION_OFFSET, ModelConfig
-from pie_async.model.layers import Linear, Mlp, Norm, Parameters
+from pie_async.model.layers import Linear, Mlp, Norm, PackedLinear, Parameters, pack_linear
 from pie_async.model.rope import Rotary, rotate
+
+_SMALL_HEAD_BYTES = 32 * 2**20
 
 
 class LayerAttention(Protocol):
@@ -113,6 +115,12 @@ class DecoderLayer:
         up = [prefix + name for name in names.up]
         self._mlp = Mlp(parameters, config, up, prefix + names.down)
 
+    def pack(self) -> None:
+        """See `Linear.pack`."""
+        self._qkv.pack()
+        self._out.pack()
+        self._mlp.pack()
+
     def __call__(
         self, x: Tensor, rotation: tuple[Tensor, Tensor] | None, attention: LayerAttention
     ) -> Tensor:
@@ -172,6 +180,18 @@ class Decoder:
         self._head = self._embedding
         if not config.is_tied:
             self._head = parameters.one(f"{names.head}.weight", config.vocab_size, width)
+        self._packed_head: PackedLinear | None = None
+
+    def finish(self) -> None:
+        """All parameters are filled: lay them out for speed, one after the other."""
+        self.parameters.by_name.clear()
+        for layer in self._layers:
+            layer.pack()
+        # A tied output layer must stay readable as the embedding; only a small one is worth a copy.
+        if not self.config.is_tied or self._head.nbytes <= _SMALL_HEAD_BYTES:
+            self._packed_head = pack_linear(self._head, None)
+        if not self.config.is_tied and self._packed_head is not None:
+            self._head = self._head[:0]
 
     def embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """[n, hidden] from [n] token ids and [n] positions, both int64."""
@@ -198,4 +218,6 @@ class Decoder:
             x = self._final_norm(x)
         if self._project_out is not None:
             x = self._project_out(x)
+        if self._packed_head is not None:
+            return self._packed_head(x)
         return functional.linear(x, self._head).float()

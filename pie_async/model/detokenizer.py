@@ -25,7 +25,8 @@ class Detokenizer(Protocol):
     """The text of one sequence's output, piece by piece.
 
     For output that is valid UTF-8 the pieces join to exactly what decoding prompt and output
-    together adds to decoding the prompt. Broken bytes become replacement characters.
+    together adds to decoding the prompt; a character that the prompt leaves incomplete counts
+    as output. Broken bytes become replacement characters.
     """
 
     def push(self, token: int) -> str:
@@ -120,12 +121,14 @@ class WindowDetokenizer:
     ) -> None:
         self._backend = backend
         self._skip = skip_special_tokens
-        size = _WINDOW_TOKENS
-        while not self._decode(prompt_tokens[-size:]) and size < len(prompt_tokens):
-            size *= 2
-        self._window = list(prompt_tokens[-size:])
-        self._num_read = len(self._window)
-        self._read_text = self._decode(self._window)
+        start, end = self._boundaries(prompt_tokens)
+        self._window = list(prompt_tokens[start:])
+        self._num_read = end - start
+        self._read_text = self._decode(self._window[: self._num_read])
+        # The last token of the prompt may hold more than the character it leaves incomplete.
+        whole = self._decode(self._window).rstrip(_BROKEN)
+        if whole.startswith(self._read_text):
+            self._read_text = whole
 
     def push(self, token: int) -> str:
         self._window.append(token)
@@ -139,8 +142,9 @@ class WindowDetokenizer:
         return self._release(self._decode(self._window))
 
     def _release(self, text: str) -> str:
-        new = _added(self._read_text, text)
-        if new is None:
+        if text.startswith(self._read_text):
+            new = text[len(self._read_text) :]
+        else:  # broken bytes spoil what decoded well without them
             new = self._decode(self._window[self._num_read :])
         if new:
             self._window = self._window[self._num_read :]
@@ -148,16 +152,24 @@ class WindowDetokenizer:
             self._read_text = self._decode(self._window)
         return new
 
+    def _boundaries(self, tokens: Sequence[int]) -> tuple[int, int]:
+        """Where to begin and end reading the prompt's last tokens, so as to split no character.
+
+        What is read has some text if the prompt has.
+        """
+        size = _WINDOW_TOKENS
+        while size < len(tokens) and not self._decode(tokens[-size:]):
+            size *= 2
+        first, last = max(len(tokens) - size, 0), len(tokens)
+        for end in range(last, max(last - _CHARACTER_TOKENS, 0), -1):
+            for start in range(first, max(first - _CHARACTER_TOKENS, -1), -1):
+                text = self._decode(tokens[start:end])
+                if not text.startswith(_BROKEN) and not text.endswith(_BROKEN):
+                    return start, end
+        return first, last
+
     def _decode(self, tokens: Sequence[int]) -> str:
         return self._backend.decode(list(tokens), skip_special_tokens=self._skip)
-
-
-def _added(before: str, after: str) -> str | None:
-    """What `after` adds to `before`, whose last character may have been incomplete."""
-    if after.startswith(before):
-        return after[len(before) :]
-    complete = before.rstrip(_BROKEN)
-    return after[len(complete) :] if after.startswith(complete) else None
 
 
 class _Rules(Protocol):

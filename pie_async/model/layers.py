@@ -58,9 +58,47 @@ class Linear:
         biases = [(f"{name}.bias", rows) for name, rows in parts]
         self._weight = parameters.stacked(weights, in_features)
         self._bias = parameters.stacked(biases) if has_bias else None
+        self._packed: PackedLinear | None = None
+
+    def pack(self) -> None:
+        """Trade the filled weight for one laid out for this processor, where there is such."""
+        self._packed = pack_linear(self._weight, self._bias)
+        if self._packed is not None:
+            self._weight = self._weight[:0]
 
     def __call__(self, x: Tensor) -> Tensor:
+        if self._packed is not None:
+            return self._packed(x)
         return functional.linear(x, self._weight, self._bias)
+
+
+PackedLinear = Callable[[Tensor], Tensor]
+
+
+def pack_linear(weight: Tensor, bias: Tensor | None) -> PackedLinear | None:
+    """A linear layer on a copy of the weight in oneDNN's own layout; None where that is not to be.
+
+    torch's compiler uses the same operators. Against functional.linear, float32, 2 cores, 16
+    rows: 82 us for 137 at 256 x 1408, 870 us for 2200 at 2048 x 2048.
+    """
+    operators = torch.ops.mkldnn
+    if weight.device.type != "cpu" or weight.dtype != torch.float32:
+        return None
+    has_onednn = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    if not (has_onednn and hasattr(operators, "_linear_pointwise")):
+        return None
+    packed = operators._reorder_linear_weight(weight, _PACKED_FOR_ROWS)
+    multiply = operators._linear_pointwise
+
+    def linear(x: Tensor) -> Tensor:
+        product: Tensor = multiply(x, packed, bias, "none", (), "")
+        return product
+
+    return linear
+
+
+_PACKED_FOR_ROWS = 16
+"""A hint; any number of rows works."""
 
 
 class Norm:
@@ -99,6 +137,11 @@ class Mlp:
         self._activate = _ACTIVATIONS[config.activation]
         self._inner = inner
         self._is_gated = config.is_gated
+
+    def pack(self) -> None:
+        """See `Linear.pack`."""
+        self._up.pack()
+        self._down.pack()
 
     def __call__(self, x: Tensor) -> Tensor:
         inner = self._up(x)

@@ -5,9 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
-
-from tokenizers import Tokenizer as Backend
+from typing import TYPE_CHECKING, Any
 
 from pie_async.errors import InvalidRequest
 from pie_async.model.chat_template import ChatMessage, ChatTemplate
@@ -25,6 +23,9 @@ from pie_async.model.tokenizer_files import (
     read_json,
     special_token_names,
 )
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer as Backend
 
 __all__ = ["ChatMessage", "Detokenizer", "Tokenizer"]
 

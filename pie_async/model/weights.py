@@ -34,7 +34,7 @@ def load_model(
     """The model in a Hugging Face directory, ready to run.
 
     Nothing is allocated before all names and shapes were checked. Peak memory is the model
-    in `dtype` plus a few MiB.
+    in `dtype`, and beside it first a few MiB to read into, then one layer's largest weight.
 
     Args:
         progress: called with (bytes read, bytes to read).
@@ -59,7 +59,8 @@ def load_model(
     reader = TensorReader()
     for name, target in decoder.parameters.by_name.items():
         reader.copy(sources[name], target, advance)
-    decoder.parameters.by_name.clear()
+    del reader
+    decoder.finish()
     return decoder
 
 

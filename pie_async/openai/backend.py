@@ -5,7 +5,7 @@ Structural types, so that an engine in another process, or a scripted one in a t
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Protocol
 
 from pie_async.metrics import EngineStats
@@ -17,22 +17,18 @@ Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
 
 
 class OutputStream(Protocol):
-    """One accepted request: iterate it to the end, or close it to cancel the request."""
+    """One accepted request: iterate it to the end, or cancel it."""
 
-    @property
-    def request_id(self) -> str: ...
+    request_id: str
 
-    @property
-    def prompt_token_ids(self) -> tuple[int, ...]: ...
+    prompt_token_ids: tuple[int, ...]
 
-    def __aiter__(self) -> OutputStream: ...
+    def __aiter__(self) -> AsyncIterator[RequestOutput]: ...
 
     async def __anext__(self) -> RequestOutput: ...
 
     def cancel(self) -> None:
         """Ask for the end now; never waits, and does nothing after the end."""
-
-    async def aclose(self) -> None: ...
 
 
 class ServedModel(Protocol):

@@ -7,6 +7,8 @@ from collections import deque
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import msgspec
+
 from pie_async.errors import EngineStopped
 from pie_async.openai.backend import OutputStream
 from pie_async.outputs import RequestOutput
@@ -76,12 +78,13 @@ class OutputFeed:
             pump.cancel()
         if self._unfinished:
             await asyncio.wait(self._unfinished)
-        for stream in self._streams:
-            await stream.aclose()
 
     async def _pump(self, index: int, stream: OutputStream) -> None:
+        ended: set[int] = set()
         async for output in stream:
-            self._arrived.append(Arrival(index, output, self._loop.time()))
+            news = _without(ended, output)
+            ended.update(choice.index for choice in news.outputs if choice.finish_reason)
+            self._arrived.append(Arrival(index, news, self._loop.time()))
             self._wake()
 
     def _pump_ended(self, pump: asyncio.Task[None]) -> None:
@@ -105,3 +108,11 @@ class OutputFeed:
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
+
+
+def _without(ended: set[int], output: RequestOutput) -> RequestOutput:
+    """An engine may go on showing choices that have ended; a client must see each end once."""
+    if not ended:
+        return output
+    news = tuple(choice for choice in output.outputs if choice.index not in ended)
+    return msgspec.structs.replace(output, outputs=news)

@@ -150,14 +150,18 @@ class ChatRequest(GenerationRequest, frozen=True, kw_only=True):
                 param="top_logprobs",
             )
 
+    @property
+    def limit_field(self) -> str:
+        """Which of its two spellings limits the output; the newer one wins."""
+        return "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
+
     def sampling_params(self) -> SamplingParams:
         """Raises InvalidRequest naming the field."""
-        spelling = "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
         params = self.shared_params()
-        with respelled({"max_tokens": spelling}):
+        with respelled({"max_tokens": self.limit_field}):
             return msgspec.structs.replace(
                 params,
-                max_tokens=getattr(self, spelling),
+                max_tokens=getattr(self, self.limit_field),
                 logprobs=(self.top_logprobs or 0) if self.logprobs else None,
             )
 

@@ -78,7 +78,8 @@ class OpenAIService:
         params = request.sampling_params()
         messages = request.prompt()
         response_id = f"chatcmpl-{uuid.uuid4().hex}"
-        with respelled({None: "messages", "prompt": "messages"}):
+        spelling = {None: "messages", "prompt": "messages", "max_tokens": request.limit_field}
+        with respelled(spelling):
             streams = await self._submit(request, [messages], params, response_id)
         writer = ChatWriter(
             response_id=response_id,
@@ -138,7 +139,7 @@ class OpenAIService:
                 )
                 streams.append(stream)
         except BaseException:
-            await _close(streams)
+            _cancel(streams)
             raise
         return streams
 
@@ -153,7 +154,7 @@ class OpenAIService:
                 for prompt in prompts
             ]
         except BaseException:
-            await _close(streams)
+            _cancel(streams)
             raise
 
     def _answer(
@@ -178,8 +179,6 @@ class OpenAIService:
         )
 
 
-async def _close(streams: Sequence[OutputStream]) -> None:
+def _cancel(streams: Sequence[OutputStream]) -> None:
     for stream in streams:
         stream.cancel()
-    for stream in streams:
-        await stream.aclose()

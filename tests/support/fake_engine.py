@@ -145,8 +145,9 @@ class FakeStream:
         if self._is_over:
             raise StopAsyncIteration
         if self._params.output_kind == "final":
-            for self._token in range(len(self._text)):
+            while self._token < len(self._text):
                 await self._pass_gate()
+                self._token += 1
             return self._last(self._text, len(self._text))
         await self._pass_gate()
         if self._engine.cancels_at == self._token:
@@ -163,10 +164,6 @@ class FakeStream:
             self._engine.cancelled_ids.append(self.request_id)
             self._engine.cancelled.set()
             self._close()
-
-    async def aclose(self) -> None:
-        self.cancel()
-        await asyncio.sleep(0)
 
     async def _pass_gate(self) -> None:
         if self._engine.fail_at == self._token and self._engine.failing in (None, self._number):

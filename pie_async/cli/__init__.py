@@ -1,0 +1,1 @@
+"""The command line: flags in, an `EngineConfig` out, and people to talk to."""

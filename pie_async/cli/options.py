@@ -1,0 +1,218 @@
+"""The engine's flags, one per field of `EngineConfig`, and the values that people write."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Annotated, Any, TypeVar, get_args
+
+import msgspec
+import typer
+
+from pie_async.config import DeviceName, DtypeName, EngineConfig, format_size, parse_size
+from pie_async.errors import ConfigError
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+_COUNT_UNITS = {"k": 1000, "m": 1000**2, "ki": 1024, "mi": 1024**2}
+
+
+def size(text: str) -> int:
+    """Bytes from "64MiB", "1.5GiB", "500MB" or a plain number."""
+    return _refusing(lambda: parse_size(text, option="the value"))
+
+
+def count(text: str) -> int:
+    """A whole number, also as "32k", "1.5M" (thousands) or "32Ki" (1024s)."""
+    cleaned = text.strip().lower()
+    number = cleaned.rstrip("kmi")
+    try:
+        value = float(number) * _COUNT_UNITS[cleaned[len(number) :]] if number != cleaned else (
+            int(number)
+        )
+    except (ValueError, KeyError):
+        value = -0.5
+    if value != int(value):
+        raise typer.BadParameter(f"{text!r} is not a whole number; write for example 4096 or 32k")
+    return int(value)
+
+
+def rate(text: str) -> float:
+    """Bytes per second from "12.5GB", "12.5GB/s" or a plain number."""
+    return float(_refusing(lambda: parse_size(text.removesuffix("/s"), option="the rate")))
+
+
+def one_of(*allowed: str) -> Callable[[str], str]:
+    """A parser for a choice of words."""
+
+    def parse(text: str) -> str:
+        if text not in allowed:
+            raise typer.BadParameter(f"{text!r} is not one of {', '.join(allowed)}")
+        return text
+
+    return parse
+
+
+def _refusing(parse: Callable[[], int]) -> int:
+    try:
+        return parse()
+    except ConfigError as error:
+        raise typer.BadParameter(str(error)) from error
+
+
+class _Flag(msgspec.Struct, frozen=True):
+    """How a field of `EngineConfig` is given on the command line."""
+
+    name: str
+    parser: Callable[[str], Any] | None
+    metavar: str | None
+    help: str
+    default: str
+    panel: str = "Engine"
+
+    @property
+    def variable(self) -> str:
+        return "PIE_" + self.name.removeprefix("--").replace("-", "_").upper()
+
+
+_MEMORY, _SIM = "Memory", "Simulated device"
+_DEFAULTS = EngineConfig()
+
+# `model` is every command's argument; all other fields of EngineConfig are here.
+FLAGS: dict[str, _Flag] = {
+    "device_kv_bytes": _Flag(
+        "--device-kv", size, "SIZE", "Device arena: KV that is resident.",
+        format_size(_DEFAULTS.device_kv_bytes), _MEMORY,
+    ),
+    "host_pool_bytes": _Flag(
+        "--host-pool", size, "SIZE", "Ceiling of the host pool; 0 switches pooling off.",
+        format_size(_DEFAULTS.host_pool_bytes), _MEMORY,
+    ),
+    "streamed_blocks": _Flag(
+        "--streamed-blocks", count, "N", "Fix how many blocks may be streamed.",
+        "the governor decides", _MEMORY,
+    ),
+    "link_bytes_per_s": _Flag(
+        "--link-rate", rate, "SIZE/s", "Limit the link between host pool and arena (cpu).",
+        "no limit", _MEMORY,
+    ),
+    "block_tokens": _Flag(
+        "--block-tokens", count, "N", "Tokens of one KV block.",
+        str(_DEFAULTS.block_tokens), _MEMORY,
+    ),
+    "layer_group": _Flag(
+        "--layer-group", count, "N", "Layers staged and awaited as one.",
+        str(_DEFAULTS.layer_group), _MEMORY,
+    ),
+    "ring_depth": _Flag(
+        "--ring-depth", count, "N", "Buffers of the staging ring.",
+        str(_DEFAULTS.ring_depth), _MEMORY,
+    ),
+    "device": _Flag(
+        "--device", one_of(*get_args(DeviceName)), "|".join(get_args(DeviceName)),
+        "Where the model runs; sim runs on a cost model, without tensors.", _DEFAULTS.device,
+    ),
+    "dtype": _Flag(
+        "--dtype", one_of(*get_args(DtypeName)), "|".join(get_args(DtypeName)),
+        "What the model computes in; auto is float32 on the CPU.", _DEFAULTS.dtype,
+    ),
+    "max_model_len": _Flag(
+        "--max-model-len", count, "N", "Longest prompt plus output, in tokens.",
+        "what model and memory hold",
+    ),
+    "max_running_sequences": _Flag(
+        "--max-running", count, "N", "Most sequences in one iteration.",
+        str(_DEFAULTS.max_running_sequences),
+    ),
+    "token_budget": _Flag(
+        "--token-budget", count, "N", "Most tokens in one iteration.",
+        str(_DEFAULTS.token_budget),
+    ),
+    "iterations_in_flight": _Flag(
+        "--iterations-in-flight", count, "1|2", "Iterations issued before tokens are back.",
+        str(_DEFAULTS.iterations_in_flight),
+    ),
+    "max_queued_requests": _Flag(
+        "--max-queued", count, "N", "More requests than this are refused.",
+        str(_DEFAULTS.max_queued_requests),
+    ),
+    "cpu_threads": _Flag(
+        "--cpu-threads", count, "N", "Threads of one torch operation (cpu).", "torch's choice",
+    ),
+    "seed": _Flag(
+        "--seed", int, "N", "Seeds of requests without one are drawn from it.",
+        str(_DEFAULTS.seed),
+    ),
+    "debug": _Flag(
+        "--debug", None, None,
+        "Show where errors come from; poison staging buffers, check invariants.", "off",
+    ),
+    "sim_gpu": _Flag(
+        "--sim-gpu", str, "NAME", "GPU whose cost model runs.", _DEFAULTS.sim_gpu, _SIM
+    ),
+    "sim_link": _Flag(
+        "--sim-link", str, "NAME", "Link to the pool.", _DEFAULTS.sim_link, _SIM
+    ),
+}  # fmt: skip
+
+
+def flag_of(field: str | None) -> str | None:
+    """The flag that sets a field of `EngineConfig`; other options are flags of their own name."""
+    if field is None or field == "model":
+        return None
+    return FLAGS[field].name if field in FLAGS else "--" + field.replace("_", "-")
+
+
+MODEL = Annotated[
+    str,
+    typer.Argument(
+        metavar="[MODEL]",
+        envvar="PIE_MODEL",
+        show_envvar=False,
+        help="A Hugging Face directory, a hub id, or 'builtin'.",
+    ),
+]
+
+
+def with_engine_flags(command: Command) -> Command:
+    """Give a command every engine flag; it gets them as one argument, `engine`.
+
+    The command has parameters `model: MODEL` and `engine: EngineConfig`; its own flags keep
+    their place in front of the engine's.
+    """
+    signature = inspect.signature(command, eval_str=True)
+    own = [p for p in signature.parameters.values() if p.name != "engine"]
+    added = [_parameter(name, flag) for name, flag in FLAGS.items()]
+
+    @functools.wraps(command)
+    def wrapper(**values: Any) -> Any:
+        fields = {name: values.pop(name) for name in FLAGS}
+        given = {name: value for name, value in fields.items() if value is not None}
+        config = EngineConfig(model=values["model"], **given)
+        return command(engine=config, **values)
+
+    parameters = [*own, *added]
+    wrapper.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    wrapper.__annotations__ = {p.name: p.annotation for p in parameters}
+    return wrapper  # type: ignore[return-value]
+
+
+def _parameter(field: str, flag: _Flag) -> inspect.Parameter:
+    option = typer.Option(
+        flag.name,
+        parser=flag.parser,
+        metavar=flag.metavar,
+        help=flag.help,
+        show_default=flag.default,
+        envvar=flag.variable,
+        show_envvar=False,
+        rich_help_panel=flag.panel,
+    )
+    kind = bool if flag.parser is None else Any
+    return inspect.Parameter(
+        field,
+        inspect.Parameter.KEYWORD_ONLY,
+        default=None,
+        annotation=Annotated[kind | None, option],  # type: ignore[operator]
+    )

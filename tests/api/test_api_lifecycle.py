@@ -1,0 +1,208 @@
+"""Clients that go away, servers that stop, and the application inside another one."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+
+import aiohttp
+import pytest
+from aiohttp import web
+
+from pie_async.api import create_app, serve
+from pie_async.api.liveness import Liveness
+from pie_async.errors import ConfigError
+from pie_async.metrics import EngineStats
+from tests.support.fake_engine import FakeEngine
+
+pytestmark = pytest.mark.realtime
+
+BODY = {"messages": [{"role": "user", "content": "Hi"}]}
+CHAT = "/v1/chat/completions"
+
+
+async def soon(condition: asyncio.Event) -> None:
+    await asyncio.wait_for(condition.wait(), 5)
+
+
+@pytest.mark.parametrize("is_streamed", [True, False])
+@pytest.mark.parametrize("hold_at", [0, 3])
+async def test_client_that_goes_away_has_its_request_cancelled(start, is_streamed, hold_at) -> None:
+    engine = FakeEngine(hold_at=hold_at)
+    server = await start(engine)
+
+    async def ask() -> None:
+        async with server.http.post(CHAT, json={**BODY, "stream": is_streamed}) as reply:
+            await reply.read()
+
+    client = asyncio.create_task(ask())
+    await soon(engine.holding)
+    client.cancel()
+
+    await soon(engine.cancelled)
+    assert engine.open_ids == set()
+    with pytest.raises(asyncio.CancelledError):
+        await client
+
+
+async def test_client_that_resets_the_connection_has_all_its_prompts_cancelled(start) -> None:
+    engine = FakeEngine(hold_at=2)
+    server = await start(engine)
+    body = {"prompt": ["a", "b", "c"], "stream": True}
+
+    async with aiohttp.ClientSession(base_url=server.root) as session:
+        reply = await session.post("/v1/completions", json=body)
+        await soon(engine.holding)
+        reply.connection.transport.abort()
+        await soon(engine.cancelled)
+
+    assert len(engine.cancelled_ids) == 3
+    assert engine.open_ids == set()
+
+
+async def test_client_that_takes_nothing_is_cut_off(start) -> None:
+    # far more than all socket buffers hold, against a reader that never reads
+    engine = FakeEngine(reply="x" * 200_000)
+    server = await start(engine, stall_timeout_s=0.05)
+    host, port = server.runner.addresses[0]
+    payload = b'{"messages": [{"role": "user", "content": "Hi"}], "stream": true}'
+    with socket.create_connection((host, port)) as client:
+        client.sendall(
+            b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            b"Content-Length: %d\r\n\r\n%b" % (len(payload), payload)
+        )
+        await soon(engine.cancelled)
+    assert engine.open_ids == set()
+
+
+async def test_application_works_mounted_in_another_one(start) -> None:
+    engine = FakeEngine(reply="Hey")
+    outer = web.Application(client_max_size=10)
+    outer.add_subapp("/llm", create_app(engine, api_keys=["key"]))
+    server = await start(engine, app=outer)
+    server.http.headers["Authorization"] = "Bearer key"
+
+    status, body = await server.post(f"/llm{CHAT}", BODY)
+    assert (status, body["choices"][0]["message"]["content"]) == (200, "Hey")
+    async with server.http.get("/llm/v1/nothing") as reply:
+        assert reply.status == 404
+        assert (await reply.json())["error"]["code"] == "unknown_url"
+        assert "X-Request-Id" in reply.headers
+
+
+async def test_embedders_shutdown_ends_open_streams_with_an_error_event(start) -> None:
+    engine = FakeEngine(hold_at=2)
+    server = await start(engine)
+    async with server.http.post(CHAT, json={**BODY, "stream": True}) as reply:
+        await soon(engine.holding)
+        await server.runner.cleanup()
+        text = await reply.text()
+    assert '"code":"engine_stopped"' in text.split("\n\n")[-2]
+    assert engine.open_ids == set()
+
+
+class Running:
+    """`serve` in a task, stopped by real signals."""
+
+    def __init__(self, engine: FakeEngine, **options) -> None:
+        self._ready: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self.task = asyncio.create_task(
+            serve(engine, port=0, on_ready=self._ready.set_result, **options)
+        )
+
+    async def session(self) -> aiohttp.ClientSession:
+        return aiohttp.ClientSession(base_url=await asyncio.wait_for(self._ready, 5))
+
+    async def returned(self) -> None:
+        await asyncio.wait_for(self.task, 5)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+async def test_signal_lets_open_requests_finish_and_refuses_new_ones(number) -> None:
+    engine = FakeEngine(reply="Hello", hold_at=2)
+    running = Running(engine)
+    async with await running.session() as session:
+        async with session.get("/health"):
+            pass  # leaves a connection open
+        async with session.post(CHAT, json={**BODY, "stream": True}) as reply:
+            await soon(engine.holding)
+            async with session.get("/health"):
+                pass
+            os.kill(os.getpid(), number)
+            await asyncio.sleep(0)
+            async with session.post(CHAT, json=BODY) as refused:
+                assert refused.status == 503
+                assert "Retry-After" in refused.headers
+            engine.gate.set()
+            text = await reply.text()
+    assert text.endswith("data: [DONE]\n\n")
+    await running.returned()
+    assert engine.cancelled_ids == []
+
+
+@pytest.mark.parametrize("is_streamed", [True, False])
+async def test_what_outlasts_the_shutdown_timeout_ends_with_an_error(is_streamed) -> None:
+    engine = FakeEngine(hold_at=2)
+    running = Running(engine, shutdown_timeout_s=0.01)
+    async with await running.session() as session:
+        asking = asyncio.create_task(session.post(CHAT, json={**BODY, "stream": is_streamed}))
+        await soon(engine.holding)
+        os.kill(os.getpid(), signal.SIGTERM)
+        async with await asking as reply:
+            text = await reply.text()
+    assert reply.status == (200 if is_streamed else 503)
+    assert '"code":"engine_stopped"' in text
+    await running.returned()
+    assert engine.open_ids == set()
+
+
+async def test_second_signal_does_not_wait(start) -> None:
+    engine = FakeEngine(hold_at=2)
+    running = Running(engine, shutdown_timeout_s=3600)
+    async with (
+        await running.session() as session,
+        session.post(CHAT, json={**BODY, "stream": True}) as reply,
+    ):
+        await soon(engine.holding)
+        os.kill(os.getpid(), signal.SIGTERM)
+        await asyncio.sleep(0)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert "engine_stopped" in await reply.text()
+    await running.returned()
+
+
+async def test_signal_handlers_are_gone_when_serve_returns() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    running = Running(FakeEngine())
+    async with await running.session():
+        os.kill(os.getpid(), signal.SIGTERM)
+        await running.returned()
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+async def test_port_in_use_is_a_config_error_that_names_the_port() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(ConfigError, match=f"port {port} .* in use") as refused:
+            await serve(FakeEngine(), port=port)
+    assert refused.value.option == "port"
+
+
+async def test_foreign_host_is_a_config_error_that_names_the_host() -> None:
+    with pytest.raises(ConfigError, match=r"192\.0\.2\.1") as refused:
+        await serve(FakeEngine(), host="192.0.2.1", port=0)
+    assert refused.value.option == "host"
+
+
+def test_engine_without_progress_is_stuck_only_while_sequences_run() -> None:
+    liveness = Liveness(stuck_after_s=10)
+    busy = EngineStats(running=1, iterations=5)
+    assert not liveness.is_stuck(EngineStats(running=0, iterations=5), now_s=0)
+    assert not liveness.is_stuck(EngineStats(running=0, iterations=5), now_s=1000)
+    assert not liveness.is_stuck(busy, now_s=1001)
+    assert liveness.is_stuck(busy, now_s=1012)
+    assert not liveness.is_stuck(EngineStats(running=1, iterations=6), now_s=1013)

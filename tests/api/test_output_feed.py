@@ -1,0 +1,154 @@
+"""Merging streams, on virtual time."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from pie_async.errors import EngineStopped
+from pie_async.openai.feed import OutputFeed
+from pie_async.openai.latency import RequestLatency
+from pie_async.outputs import CompletionOutput, RequestOutput
+from pie_async.sampling_params import SamplingParams
+from tests.support.fake_engine import FakeEngine
+
+DELTA = SamplingParams(output_kind="delta", max_tokens=None)
+
+
+async def open_feed(engine: FakeEngine, prompts: int = 1) -> OutputFeed:
+    return OutputFeed([await engine.submit("p", DELTA) for _ in range(prompts)])
+
+
+async def drain(feed: OutputFeed) -> list[str]:
+    texts: dict[int, str] = {}
+    while (arrivals := await feed.next_arrivals(silence_s=60)) is not None:
+        for arrival in arrivals:
+            text = arrival.output.outputs[0].text
+            texts[arrival.prompt_index] = texts.get(arrival.prompt_index, "") + text
+    return [texts[index] for index in sorted(texts)]
+
+
+async def test_feed_returns_everything_of_every_stream_and_then_none() -> None:
+    feed = await open_feed(FakeEngine(reply="abc"), prompts=3)
+    assert await drain(feed) == ["abc"] * 3
+    assert await feed.next_arrivals(silence_s=60) is None
+    await feed.aclose()
+
+
+async def test_silence_is_an_empty_list_after_exactly_that_long() -> None:
+    feed = await open_feed(FakeEngine(hold_at=0))
+    loop = asyncio.get_running_loop()
+    started_s = loop.time()
+    assert await feed.next_arrivals(silence_s=7.5) == []
+    assert loop.time() - started_s == pytest.approx(7.5)
+    await feed.aclose()
+
+
+async def test_what_came_before_a_failure_is_returned_before_it_is_raised() -> None:
+    feed = await open_feed(FakeEngine(reply="abc", fail_at=2))
+    await asyncio.sleep(1)  # the stream has failed by now
+    arrivals = await feed.next_arrivals(silence_s=60)
+    assert [arrival.output.outputs[0].text for arrival in arrivals] == ["a", "b"]
+    with pytest.raises(EngineStopped):
+        await feed.next_arrivals(silence_s=60)
+    await feed.aclose()
+
+
+async def test_closing_cancels_what_has_not_finished_and_only_that() -> None:
+    engine = FakeEngine(reply="ab")
+    feed = await open_feed(engine)
+    await drain(feed)
+    await feed.aclose()
+    assert engine.cancelled_ids == []
+
+    engine.hold_at = 1
+    feed = await open_feed(engine, prompts=2)
+    await feed.next_arrivals(silence_s=60)
+    await feed.aclose()
+    await feed.aclose()
+    assert len(engine.cancelled_ids) == 2
+    assert engine.open_ids == set()
+
+
+async def test_failing_a_feed_wakes_its_reader() -> None:
+    feed = await open_feed(FakeEngine(hold_at=0))
+    reader = asyncio.create_task(feed.next_arrivals(silence_s=3600))
+    await asyncio.sleep(1)
+    feed.fail(EngineStopped("stopping"))
+    with pytest.raises(EngineStopped, match="stopping"):
+        await reader
+    await feed.aclose()
+
+
+class Times:
+    """A sink that remembers."""
+
+    def __init__(self) -> None:
+        self.ttft_s: list[float] = []
+        self.itl_s: list[float] = []
+        self.e2e_s: list[float] = []
+        self.ends: list[str] = []
+        self.observe_ttft = self.ttft_s.append
+        self.observe_itl = self.itl_s.append
+        self.observe_e2e = self.e2e_s.append
+        self.count_finished = self.ends.append
+
+
+async def test_latencies_are_those_of_arrival() -> None:
+    engine = FakeEngine(reply="abc", hold_at=1)
+    loop = asyncio.get_running_loop()
+    times = Times()
+    latency = RequestLatency(times, started_at_s=loop.time() - 2, is_streamed=True)
+    loop.call_later(3, engine.gate.set)
+    feed = await open_feed(engine)
+    while (arrivals := await feed.next_arrivals(silence_s=60)) is not None:
+        for arrival in arrivals:
+            latency.observe(arrival)
+    latency.finish(loop.time())
+    await feed.aclose()
+
+    assert times.ttft_s == pytest.approx([2])
+    assert times.itl_s == pytest.approx([3, 0])
+    assert times.e2e_s == pytest.approx([5])
+    assert times.ends == ["stop"]
+
+
+class RepeatingStream:
+    """Goes on showing a choice that has ended, as an engine may."""
+
+    request_id = "r"
+    prompt_token_ids = (1,)
+
+    def __init__(self) -> None:
+        self._rounds = 3
+
+    def __aiter__(self) -> RepeatingStream:
+        return self
+
+    async def __anext__(self) -> RequestOutput:
+        self._rounds -= 1
+        if self._rounds < 0:
+            raise StopAsyncIteration
+        return RequestOutput(
+            request_id="r",
+            prompt=None,
+            prompt_token_ids=(1,),
+            outputs=(
+                CompletionOutput(index=0, text="", token_ids=(), finish_reason="stop"),
+                CompletionOutput(index=1, text="x", token_ids=(7,)),
+            ),
+            finished=False,
+        )
+
+    def cancel(self) -> None:
+        pass
+
+
+async def test_the_end_of_a_choice_is_shown_once() -> None:
+    feed = OutputFeed([RepeatingStream()])
+    await asyncio.sleep(1)
+    arrivals = await feed.next_arrivals(silence_s=60)
+    shown = [choice.index for arrival in arrivals for choice in arrival.output.outputs]
+    assert shown == [0, 1, 1, 1]
+    await feed.aclose()
