@@ -49,6 +49,7 @@ class SequenceOutput:
         self._tokens: list[int] = []
         self._logprobs: list[TokenLogprobs] = []
         self._taken = (0, 0)  # pieces of text and tokens that a delta reader has
+        self._has_end = False  # whether it has been told the finish reason
         self.finish_reason: FinishReason | None = None
         self.stop_reason: int | str | None = None
 
@@ -58,12 +59,13 @@ class SequenceOutput:
 
     @property
     def has_news(self) -> bool:
+        """Whether `take` has something that it has not given yet."""
+        if self.finish_reason is not None and not self._has_end:
+            return True
         return self._taken != (len(self._text), len(self._tokens))
 
     def push(self, advance: Advance) -> bool:
         """Take in what happened; True if the text reached a stop string just now."""
-        if self.finish_reason is not None:
-            return False
         if advance.token is not None:
             self._tokens.append(advance.token.token)
             if self._params.logprobs is not None:
@@ -95,7 +97,9 @@ class SequenceOutput:
     def _finish(self, advance: Advance) -> None:
         if self._add_text(self._decoder.flush()):
             return
-        self._text.append(self._stops.flush())
+        rest = self._stops.flush()
+        if rest:
+            self._text.append(rest)
         self.finish_reason = advance.finish_reason
         self.stop_reason = advance.stop_token
 
@@ -103,6 +107,7 @@ class SequenceOutput:
         """What there is, or what is new since the last call."""
         texts, tokens = self._taken if is_delta else (0, 0)
         self._taken = (len(self._text), len(self._tokens))
+        self._has_end = self.finish_reason is not None
         has_logprobs = self._params.logprobs is not None
         return CompletionOutput(
             index=self.index,
@@ -152,7 +157,9 @@ class RequestStream:
         self._num_cached = 0
         self._error: PieError | None = None
         self._is_over = False
-        self._news = asyncio.Event()
+        self._num_open = len(self._outputs)
+        self._has_news = False
+        self._reader: asyncio.Future[None] | None = None
 
     # --- the reader's side ------------------------------------------------------------------
 
@@ -168,8 +175,11 @@ class RequestStream:
         if self._is_over:
             raise StopAsyncIteration
         while not self._is_due:
-            self._news.clear()
-            await self._news.wait()
+            self._reader = asyncio.get_running_loop().create_future()
+            try:
+                await self._reader
+            finally:
+                self._reader = None
         if self._error is not None:
             self._is_over = True
             raise self._error
@@ -188,7 +198,7 @@ class RequestStream:
 
     @property
     def is_finished(self) -> bool:
-        return all(output.finish_reason is not None for output in self._outputs.values())
+        return self._num_open == 0
 
     @property
     def unfinished(self) -> tuple[SequenceId, ...]:
@@ -196,16 +206,14 @@ class RequestStream:
 
     @property
     def _is_due(self) -> bool:
-        if self._error is not None or self.is_finished:
+        if self._error is not None or self._num_open == 0:
             return True
-        if self.params.output_kind == "final":
-            return False
-        return any(output.has_news for output in self._outputs.values())
+        return self._has_news and self.params.output_kind != "final"
 
     def _output(self) -> RequestOutput:
         is_delta = self.params.output_kind == "delta"
-        outputs = self._outputs.values()
-        shown = [out for out in outputs if not is_delta or out.has_news or out.finish_reason]
+        self._has_news = False
+        shown = [out for out in self._outputs.values() if not is_delta or out.has_news]
         prompt_logprobs = None
         if self.params.prompt_logprobs is not None:
             prompt_logprobs = tuple(self._prompt_logprobs)
@@ -222,11 +230,18 @@ class RequestStream:
     # --- the delivery actor's side -----------------------------------------------------------
 
     def push(self, advance: Advance) -> bool:
-        """Take in what happened to a sequence; True if it reached a stop string just now."""
-        has_stopped = self._outputs[advance.sequence].push(advance)
+        """Take in what happened to a sequence; True if it reached a stop string just now.
+
+        Nothing more may be pushed for a sequence that has ended.
+        """
+        output = self._outputs[advance.sequence]
+        has_stopped = output.push(advance)
+        if output.finish_reason is not None:
+            self._num_open -= 1
         if advance.cached_tokens:
             self._num_cached = max(self._num_cached, advance.cached_tokens)
-        self._news.set()
+        self._has_news = True
+        self._wake_reader()
         return has_stopped
 
     def push_prompt(self, entry: PromptLogprobs) -> None:
@@ -238,4 +253,8 @@ class RequestStream:
         """End the stream with an error, unless all its outputs are complete."""
         if not self.is_finished:
             self._error = error
-        self._news.set()
+        self._wake_reader()
+
+    def _wake_reader(self) -> None:
+        if self._reader is not None and self._is_due and not self._reader.done():
+            self._reader.set_result(None)

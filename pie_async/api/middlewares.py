@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import re
 import uuid
 from typing import TYPE_CHECKING
@@ -11,6 +10,7 @@ from aiohttp import web
 
 from pie_async.api.auth import ApiKeys
 from pie_async.api.prometheus import ServerMetrics
+from pie_async.openai.answer import log_failure
 from pie_async.openai.errors import ErrorDetail, ErrorReply, error_reply
 
 if TYPE_CHECKING:
@@ -22,7 +22,6 @@ UNGUARDED_ROUTE = "health"
 
 _REQUEST_ID = web.RequestKey("request_id", str)
 _HARMLESS_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
-_log = logging.getLogger(__name__)
 
 
 def request_id(request: web.Request) -> str:
@@ -70,8 +69,7 @@ def require_api_key(keys: ApiKeys) -> Middleware:
 
 def _error_response(request: web.Request, error: Exception) -> web.Response:
     reply = error_reply(error)
-    if reply.status >= 500:
-        _log.error("request %s failed: %s", request_id(request), error, exc_info=error)
+    log_failure(error, request_id(request))
     response = _response(reply)
     if reply.status == 401:
         response.headers["WWW-Authenticate"] = "Bearer"

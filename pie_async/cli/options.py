@@ -209,7 +209,7 @@ def _parameter(field: str, flag: _Flag) -> inspect.Parameter:
         show_envvar=False,
         rich_help_panel=flag.panel,
     )
-    kind = bool if flag.parser is None else Any
+    kind = bool if flag.parser is None else str
     return inspect.Parameter(
         field,
         inspect.Parameter.KEYWORD_ONLY,

@@ -83,6 +83,8 @@ class _Batch:
         self._plan = plan
         self._budget = schedule.token_budget
         self._sequences: list[Sequence] = []
+        self._prompts: list[Sequence] = []
+        """Running sequences whose prompts are not computed yet."""
         self._decode_rows = 0
         schedule.is_starved = False
         self._promised_blocks = 0
@@ -91,7 +93,10 @@ class _Batch:
 
     def decode(self) -> None:
         for seq in self._schedule.running:
-            if seq.num_unfed == 1 and seq.expects_more and self._budget:
+            expected_len = len(seq.tokens) + seq.samples_in_flight
+            if expected_len - seq.num_launched > 1:
+                self._prompts.append(seq)
+            elif expected_len < seq.prompt_len + seq.max_tokens and self._budget:
                 if self._has_room(seq, 1):
                     self._add(seq, 1)
                     self._decode_rows += 1
@@ -99,9 +104,8 @@ class _Batch:
                     self._schedule.is_starved = True
 
     def prefill(self) -> None:
-        for seq in self._schedule.running:
-            if seq.num_unfed > 1:
-                self._add_chunk(seq)
+        for seq in self._prompts:
+            self._add_chunk(seq)
 
     def admit(self) -> None:
         """Start waiting sequences while lanes, budget and memory allow."""
@@ -169,8 +173,10 @@ class _Batch:
 
     def _has_room(self, seq: Sequence, num_tokens: int) -> bool:
         """Give the sequence blocks for its next tokens; False, and nothing, if there are none."""
-        residency = self._schedule.residency
         missing = self._blocks_for(seq.num_launched + num_tokens) - len(seq.table)
+        if missing <= 0:
+            return True
+        residency = self._schedule.residency
         if missing > residency.free_device:
             return False
         for _ in range(missing):
@@ -189,7 +195,7 @@ class _Batch:
         # A token sampled by an iteration in flight never leaves the device: no ids to send.
         is_fed_back = seq.samples_in_flight > 0
         tokens = () if is_fed_back else tuple(seq.tokens[start : start + num_tokens])
-        is_sampled = num_tokens == seq.num_unfed
+        is_sampled = start + num_tokens == len(seq.tokens) + seq.samples_in_flight
         self._plan.rows.append(Row(seq.id, seq.lane, start, tokens, is_sampled))
         self._sequences.append(seq)
         self._budget -= num_tokens

@@ -132,18 +132,20 @@ class Schedule:
         launched = self.in_flight.popleft()
         assert launched.iteration == iteration, f"iteration {iteration} settled out of order"
         self.residency.settled(iteration)
+        size, sequences = self.block_tokens, self.sequences
         for row in launched.rows:
-            seq = self.sequences.get(row.sequence)
+            seq = sequences.get(row.sequence)
             if seq is not None:
                 seq.launches_in_flight -= 1
-                seq.num_settled = row.start + row.num_tokens
-                if seq.num_settled // self.block_tokens > seq.num_sealed:
+                seq.num_settled = row.start + (len(row.tokens) or 1)
+                if seq.num_settled >= (seq.num_sealed + 1) * size:
                     self._seal(seq)
         advances = []
         for token in sampled:
-            seq = self.sequences.get(token.sequence)
+            seq = sequences.get(token.sequence)
             if seq is not None:
                 advances.append(self._advance(seq, token))
+        self.counts.output_tokens += len(advances)
         return launched, advances
 
     def swapped_out(self, blocks: Iterable[BlockId]) -> None:
@@ -300,24 +302,27 @@ class Schedule:
     def _advance(self, seq: Sequence, token: SampledToken) -> Advance:
         seq.tokens.append(token.token)
         seq.samples_in_flight -= 1
-        self.counts.output_tokens += 1
-        cached = seq.num_cached_tokens if seq.num_outputs == 1 else 0
-        if seq.id in self._followers:
+        num_outputs = len(seq.tokens) - seq.prompt_len
+        cached = 0
+        if num_outputs == 1:
+            cached = seq.num_cached_tokens
             self._free_followers(seq)
-        reason, stop_token = self._end(seq, token.token)
+        reason, stop_token = self._end(seq, token.token, num_outputs)
         if reason is not None:
             self.finish(seq, reason)
         return Advance(seq.id, token, reason, stop_token, cached)
 
-    def _end(self, seq: Sequence, token: int) -> tuple[FinishReason | None, int | None]:
+    def _end(
+        self, seq: Sequence, token: int, num_outputs: int
+    ) -> tuple[FinishReason | None, int | None]:
         """Why this token is the last one, and the stop token id if it is one of those."""
         sampling = seq.sampling
-        if seq.num_outputs >= sampling.min_tokens:
+        if num_outputs >= sampling.min_tokens:
             if token in self.eos_ids and not sampling.ignore_eos:
                 return "stop", None
             if token in sampling.stop_token_ids:
                 return "stop", token
-        if seq.num_outputs >= seq.max_tokens:
+        if num_outputs >= seq.max_tokens:
             return "length", None
         return None, None
 

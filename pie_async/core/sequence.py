@@ -83,9 +83,9 @@ class Sequence:
         return self.expected_len - self.num_launched
 
     @property
-    def expects_more(self) -> bool:
-        """Whether another token is wanted after those in flight, as far as lengths tell."""
-        return self.expected_len - self.prompt_len < self.max_tokens
+    def max_len(self) -> int:
+        """Tokens of prompt and output together after which it ends."""
+        return self.prompt_len + self.max_tokens
 
     @property
     def num_outputs(self) -> int:

@@ -75,7 +75,7 @@ class Answer:
             self._finish()
             yield self._last_events()
         except Exception as error:  # the status line is out: an event is all that can tell
-            log_unexpected(error, self.response_id)
+            log_failure(error, self.response_id)
             yield error_reply(error).event
         finally:
             await self.aclose()
@@ -127,10 +127,16 @@ class Answer:
         self._latency.finish(asyncio.get_running_loop().time())
 
 
-def log_unexpected(error: BaseException, response_id: str) -> None:
-    """Keep the traceback of what no client is told about."""
-    if error_reply(error).status >= 500:
-        _log.error("request %s failed: %s", response_id, error, exc_info=error)
+def log_failure(error: BaseException, name: str) -> None:
+    """Log what is not the client's fault: with a traceback if the client is not told about it.
+
+    A stopped engine fails every request alike; its owner has the traceback.
+    """
+    status = error_reply(error).status
+    if status == 500:
+        _log.error("request %s failed: %s", name, error, exc_info=error)
+    elif status > 500:
+        _log.warning("request %s failed: %s", name, error)
 
 
 def _frames(chunks: Iterable[Response]) -> bytes:
