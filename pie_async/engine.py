@@ -426,6 +426,8 @@ class _Actors:
         self.scheduler = SchedulerActor(
             schedule,
             iterations_in_flight=config.iterations_in_flight,
+            # Every queued request may be cancelled at once, and cancelling never waits.
+            mailbox_capacity=2 * config.max_queued_requests + 256,
             checks_invariants=config.debug,
             observer=observer,
         )

@@ -157,6 +157,7 @@ class RequestStream:
         self._num_cached = 0
         self._error: PieError | None = None
         self._is_over = False
+        self._is_cancelled = False
         self._num_open = len(self._outputs)
         self._has_news = False
         self._reader: asyncio.Future[None] | None = None
@@ -188,7 +189,8 @@ class RequestStream:
 
     def cancel(self) -> None:
         """End the request now; the stream then ends with finish reason "cancelled"."""
-        if not self.is_finished and self._error is None:
+        if not (self._is_cancelled or self.is_finished or self._error is not None):
+            self._is_cancelled = True
             self._cancel(self)
 
     async def aclose(self) -> None:

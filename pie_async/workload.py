@@ -61,7 +61,7 @@ def sample_lengths(
     model: LengthModel, *, num_requests: int, context_tokens: int, seed: int
 ) -> list[WorkItem]:
     """Requests with random lengths, all at once, each within the context."""
-    rng = random.Random(seed)  # noqa: S311 - a workload, no secret
+    rng = random.Random(seed)
     items = []
     for _ in range(num_requests):
         prompt = _log_normal(rng, model.prompt_mean, model.prompt_spread)
@@ -107,7 +107,7 @@ def arrive_at_rate(
     items: Iterable[WorkItem], *, requests_per_s: float, seed: int
 ) -> list[WorkItem]:
     """The same requests as a Poisson process: independent exponential gaps."""
-    rng = random.Random(seed)  # noqa: S311 - a workload, no secret
+    rng = random.Random(seed)
     now_s, arriving = 0.0, []
     for item in items:
         now_s += rng.expovariate(requests_per_s)
@@ -133,7 +133,7 @@ def prompt_token_ids(
 
 
 def _random_ids(name: str, count: int, first: int, stop: int) -> list[int]:
-    rng = random.Random(name)  # noqa: S311 - a workload, no secret
+    rng = random.Random(name)
     return rng.choices(range(first, stop), k=count)
 
 
@@ -196,9 +196,7 @@ def _azure_item(path: Path, number: int, row: Sequence[str]) -> WorkItem:
         time, prompt, output = row
         # seven digits of a second's fraction, of which datetime reads six
         arrival_s = datetime.fromisoformat(time.strip()[:26]).replace(tzinfo=UTC).timestamp()
-        item = WorkItem(
-            arrival_s=arrival_s, prompt_tokens=int(prompt), output_tokens=int(output)
-        )
+        item = WorkItem(arrival_s=arrival_s, prompt_tokens=int(prompt), output_tokens=int(output))
     except ValueError as error:
         raise _trace_error(
             f"{path} line {number}: expected a time and two token counts, got {','.join(row)!r}"

@@ -67,7 +67,7 @@ class SchedulerActor(Actor[SchedulerMail]):
         schedule: Schedule,
         *,
         iterations_in_flight: int,
-        mailbox_capacity: int = 1024,
+        mailbox_capacity: int,
         checks_invariants: bool = False,
         observer: Observer | None = None,
     ) -> None:

@@ -12,7 +12,7 @@ import typer
 from pie_async import __version__
 from pie_async.cli import bench, doctor, generate, serve
 from pie_async.cli.options import flag_of
-from pie_async.errors import ConfigError, PieError
+from pie_async.errors import ConfigError, InvalidRequest, PieError
 
 PROGRAM = "pie-async"
 FAILED, BAD_FLAGS, INTERRUPTED = 1, 2, 130
@@ -89,12 +89,16 @@ def _tell(error: Exception) -> int:
     if isinstance(error, _UsageError):
         # without arguments at all the help is the message, and it was printed already
         if message := error.format_message().strip():
-            _print_error(f"{message.splitlines()[0]} (see {PROGRAM} --help)")
+            path = getattr(getattr(error, "ctx", None), "command_path", PROGRAM)
+            _print_error(f"{message.splitlines()[0]} (see {path} --help)")
         return error.exit_code
     if isinstance(error, ConfigError):
         flag = flag_of(error.option)
         message = str(error)
         _print_error(f"{flag}: {message}" if flag and flag not in message else message)
+        return BAD_FLAGS
+    if isinstance(error, InvalidRequest):
+        _print_error(str(error))
         return BAD_FLAGS
     if isinstance(error, PieError):
         _print_error(str(error))

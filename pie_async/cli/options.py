@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import re
 from collections.abc import Callable
 from typing import Annotated, Any, TypeVar, get_args
 
@@ -15,7 +16,8 @@ from pie_async.errors import ConfigError
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
-_COUNT_UNITS = {"k": 1000, "m": 1000**2, "ki": 1024, "mi": 1024**2}
+_COUNT = re.compile(r"(-?\d{1,15}(?:\.\d{1,15})?)(|[km]i?)", re.IGNORECASE)
+_COUNT_UNITS = {"": 1, "k": 1000, "m": 1000**2, "ki": 1024, "mi": 1024**2}
 
 
 def size(text: str) -> int:
@@ -25,15 +27,9 @@ def size(text: str) -> int:
 
 def count(text: str) -> int:
     """A whole number, also as "32k", "1.5M" (thousands) or "32Ki" (1024s)."""
-    cleaned = text.strip().lower()
-    number = cleaned.rstrip("kmi")
-    try:
-        value = float(number) * _COUNT_UNITS[cleaned[len(number) :]] if number != cleaned else (
-            int(number)
-        )
-    except (ValueError, KeyError):
-        value = -0.5
-    if value != int(value):
+    match = _COUNT.fullmatch(text.strip())
+    value = float(match[1]) * _COUNT_UNITS[match[2].lower()] if match else 0.5
+    if not value.is_integer():
         raise typer.BadParameter(f"{text!r} is not a whole number; write for example 4096 or 32k")
     return int(value)
 
@@ -167,7 +163,7 @@ def flag_of(field: str | None) -> str | None:
 MODEL = Annotated[
     str,
     typer.Argument(
-        metavar="[MODEL]",
+        metavar="MODEL",
         envvar="PIE_MODEL",
         show_envvar=False,
         help="A Hugging Face directory, a hub id, or 'builtin'.",
@@ -203,8 +199,8 @@ def _parameter(field: str, flag: _Flag) -> inspect.Parameter:
         flag.name,
         parser=flag.parser,
         metavar=flag.metavar,
-        help=flag.help,
-        show_default=flag.default,
+        help=f"{flag.help} Default: {flag.default}.",
+        show_default=False,
         envvar=flag.variable,
         show_envvar=False,
         rich_help_panel=flag.panel,
@@ -214,5 +210,5 @@ def _parameter(field: str, flag: _Flag) -> inspect.Parameter:
         field,
         inspect.Parameter.KEYWORD_ONLY,
         default=None,
-        annotation=Annotated[kind | None, option],  # type: ignore[operator]
+        annotation=Annotated[kind | None, option],
     )

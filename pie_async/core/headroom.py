@@ -14,14 +14,19 @@ from pie_async.messages import IterationObserved
 
 LINK_SHARE = 0.95
 """Part of the link's time that staging may fill."""
-STALL_TOLERANCE = 0.01
-"""Stall per compute time below which an iteration counts as hidden."""
+STALL_TOLERANCE = 0.02
+"""Stall per compute time, smoothed, up to which swaps count as hidden: above what a late
+wake-up costs now and then, below what anybody would notice."""
 FIRST_STEP_BLOCKS = 4
 """What is tried before the link's rate has been seen."""
+KNOWN_STEP = 0.25
+"""Share of the bound that is allowed at once when link and iteration have been measured."""
+HEADROOM_SHARE = 0.5
+"""Expand while more than this part of the limit is wanted."""
 CAREFUL_FROM = 0.8
 """Share of the bound up to which the limit doubles; above it grows by one twentieth."""
 COOLDOWN_ITERATIONS = 16
-"""No growth for this long after a cut."""
+"""No change for this long after a cut: it takes effect a few iterations later."""
 SMOOTHING = 0.2
 """Weight of a new measurement in the running averages."""
 CUT = 0.9
@@ -39,6 +44,8 @@ class Headroom(msgspec.Struct, frozen=True, kw_only=True):
     """Measured; 0 until something was copied."""
     decode_s: float = 0.0
     """Compute time of a decode-only iteration, without stall; 0 until one ran."""
+    stall_share: float = 0.0
+    """Stall per compute time, smoothed."""
     cooldown: int = 0
     reason: str = "nothing is streamed yet"
 
@@ -57,18 +64,17 @@ def decide(state: Headroom, seen: IterationObserved) -> Headroom:
     A change shows in `limit_blocks`, its cause in `reason`.
     """
     state = _measure(state, seen)
-    if seen.streamed_blocks and seen.stall_s > STALL_TOLERANCE * seen.compute_s:
-        return _shrink_on_stall(state, seen)
     if state.cooldown:
         return msgspec.structs.replace(state, cooldown=state.cooldown - 1)
+    if seen.streamed_blocks and state.stall_share > STALL_TOLERANCE:
+        return _shrink_on_stall(state, seen)
     bound = state.bound_blocks
     if state.limit_blocks > bound and state.decode_s:
         return _set(state, bound, f"{bound} blocks hide behind a {state.decode_s:.4g} s decode")
     if seen.wanted_blocks == 0 and seen.streamed_blocks == 0:
         return _set(state, 0, "everything fits on the device")
-    wanted = min(seen.wanted_blocks, bound)
-    if wanted > state.limit_blocks:
-        return _expand(state, wanted, bound)
+    if seen.wanted_blocks > HEADROOM_SHARE * state.limit_blocks and bound > state.limit_blocks:
+        return _expand(state, seen.wanted_blocks, bound)
     return state
 
 
@@ -78,7 +84,11 @@ def _measure(state: Headroom, seen: IterationObserved) -> Headroom:
         link = _blend(link, seen.staged_bytes / seen.staging_busy_s)
     if seen.decode_rows and not seen.prefill_tokens:
         decode_s = _blend(decode_s, seen.compute_s)
-    return msgspec.structs.replace(state, link_bytes_per_s=link, decode_s=decode_s)
+    share = seen.stall_s / seen.compute_s if seen.compute_s else 0.0
+    stall_share = state.stall_share + SMOOTHING * (share - state.stall_share)
+    return msgspec.structs.replace(
+        state, link_bytes_per_s=link, decode_s=decode_s, stall_share=stall_share
+    )
 
 
 def _blend(old: float, new: float) -> float:
@@ -86,24 +96,29 @@ def _blend(old: float, new: float) -> float:
 
 
 def _expand(state: Headroom, wanted: int, bound: int) -> Headroom:
-    """Quickly at first, then carefully."""
-    if state.limit_blocks < CAREFUL_FROM * bound:
+    """Quickly at first, then carefully.
+
+    The limit is a permission, not an order, so it may run ahead of what is wanted now: a
+    sequence that needs its next block then finds it granted.
+    """
+    careful_from = max(int(CAREFUL_FROM * bound), FIRST_STEP_BLOCKS)
+    if state.limit_blocks < careful_from:
         grown = max(2 * state.limit_blocks, FIRST_STEP_BLOCKS)
-        grown = min(grown, max(int(CAREFUL_FROM * bound), FIRST_STEP_BLOCKS))
+        if state.link_bytes_per_s and state.decode_s:
+            grown = max(grown, int(KNOWN_STEP * bound))
+        grown = min(grown, careful_from)
     else:
         grown = state.limit_blocks + max(1, bound // 20)
-    limit = min(grown, wanted)
+    limit = min(grown, bound)
     return _set(state, limit, f"{wanted} blocks wanted, {bound} would stay hidden")
 
 
 def _shrink_on_stall(state: Headroom, seen: IterationObserved) -> Headroom:
-    """Allow what would have fitted into the time without the stall, and wait."""
-    hidden_share = seen.compute_s / (seen.compute_s + seen.stall_s)
-    fitting = int(seen.streamed_blocks * min(CUT, hidden_share))
-    limit = min(state.limit_blocks, fitting)
-    reason = f"stalled {seen.stall_s:.3g} s in a {seen.compute_s:.3g} s iteration"
-    state = _set(state, limit, reason)
-    return msgspec.structs.replace(state, cooldown=COOLDOWN_ITERATIONS)
+    """Allow what would have fitted into the time without the stall, and wait to see."""
+    fitting = int(seen.streamed_blocks * min(CUT, 1 / (1 + state.stall_share)))
+    reason = f"compute stalled {state.stall_share:.1%} of its time"
+    state = _set(state, min(state.limit_blocks, fitting), reason)
+    return msgspec.structs.replace(state, cooldown=COOLDOWN_ITERATIONS, stall_share=0.0)
 
 
 def _set(state: Headroom, limit: int, reason: str) -> Headroom:

@@ -20,7 +20,7 @@ LOOKAHEAD_ITERATIONS = 4
 PATIENCE_PLANS = 4
 """Plans in a row with a starved sequence before another one is parked: blocks written by the
 iterations in flight may be demoted once those settle."""
-SHRINK_TOLERANCE = 1.1
+SHRINK_TOLERANCE = 1.25
 """Streamed blocks may exceed a lowered limit by this factor before a sequence is parked."""
 
 

@@ -8,6 +8,8 @@ ahead, and the event loop only sees the completions it asked for.
 from __future__ import annotations
 
 import asyncio
+import heapq
+import itertools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -29,6 +31,9 @@ from pie_async.messages import (
 
 _MASK = (1 << 64) - 1
 _EPSILON_S = 1e-9
+
+
+Callback = Callable[[BaseException | None], None]
 
 
 class SimEvent:
@@ -213,6 +218,8 @@ class SimDevice:
         self._compute, self._h2d, self._d2h = self._streams
         self._loop: asyncio.AbstractEventLoop | None = None
         self._observed_s = 0.0
+        self._announcements: list[tuple[float, int, SimEvent, Callback]] = []
+        self._numbers = itertools.count()  # equal times: first come, first announced
         self._lanes: dict[int, _Lane] = {}
         self._staged: tuple[Sequence[CopyRun], int] = ((), 0)
         self._staging_s = 0.0
@@ -250,10 +257,11 @@ class SimDevice:
             self.checker.memory.host_issues()
         issue()
 
-    def notify(self, event: Event, callback: Callable[[BaseException | None], None]) -> None:
+    def notify(self, event: Event, callback: Callback) -> None:
         """See `Device`."""
         assert isinstance(event, SimEvent)
-        self._running_loop().call_at(event.at_s, self._announce, event, callback)
+        heapq.heappush(self._announcements, (event.at_s, next(self._numbers), event, callback))
+        self._running_loop().call_at(event.at_s, self._announce_until, event.at_s)
 
     def span(self, first: Event, last: Event) -> Span:
         """See `Device`.
@@ -368,11 +376,15 @@ class SimDevice:
     def _time_s(self) -> float:
         return self._running_loop().time()
 
-    def _announce(self, event: SimEvent, callback: Callable[[BaseException | None], None]) -> None:
-        self._observed_s = max(self._observed_s, event.at_s)
-        if self.checker is not None:
-            self.checker.memory.observe(event.clock)
-        callback(event.failure)
+    def _announce_until(self, at_s: float) -> None:
+        """Announce what has fired by then, in order of time: on a real clock timers are only
+        roughly on time (uvloop rounds them to milliseconds) and may overtake each other."""
+        while self._announcements and self._announcements[0][0] <= at_s:
+            _, _, event, callback = heapq.heappop(self._announcements)
+            self._observed_s = max(self._observed_s, event.at_s)
+            if self.checker is not None:
+                self.checker.memory.observe(event.clock)
+            callback(event.failure)
 
     def _measure_staging(self, runs: Sequence[CopyRun]) -> None:
         blocks = sum(run.count for run in runs)

@@ -15,7 +15,8 @@ from pie_async.messages import (
     SampledToken,
     TableUpdate,
 )
-from pie_async.model.attention import AttentionPlan, PagedKv, Planner, Span, order_spans
+from pie_async.model.attention import AttentionPlan, PagedKv
+from pie_async.model.attention_plan import Planner, Span, order_spans
 from pie_async.model.decoder import Decoder
 from pie_async.model.prompt_scoring import PromptScorer, reported
 from pie_async.model.sampling import LaneSampler

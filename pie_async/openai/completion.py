@@ -94,7 +94,7 @@ class CompletionWriter:
             logprobs = self._prompt_logprobs.get(prompt_index, ()) + logprobs
         written: CompletionLogprobs | None = None
         if self._logprobs is not None and token_ids:
-            written = self._logprobs[index].write(token_ids, logprobs)
+            written = self._logprobs[index].write(token_ids, logprobs, text)
         return CompletionChoice(
             index=index, text=text, logprobs=written, finish_reason=choice_end(choice)
         )

@@ -53,17 +53,21 @@ class CompletionLogprobsWriter:
         self._offset = 0
 
     def write(
-        self, token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs | None]
+        self, token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs | None], text: str
     ) -> CompletionLogprobs:
-        """The next tokens of the choice; a None in `logprobs` is a token that nothing precedes."""
+        """The next tokens of the choice and the text they came with.
+
+        A None in `logprobs` is a token that nothing precedes.
+        """
         written = CompletionLogprobs(text_offset=[], token_logprobs=[], tokens=[], top_logprobs=[])
         for token, entry in zip(token_ids, logprobs, strict=True):
-            text = self._token_text(token) if entry is None else entry[token].decoded_token
+            own = self._token_text(token) if entry is None else entry[token].decoded_token
             written.text_offset.append(self._offset)
-            written.tokens.append(text)
+            written.tokens.append(own)
             written.token_logprobs.append(None if entry is None else _finite(entry[token].logprob))
             written.top_logprobs.append(None if entry is None else self._top_of(token, entry))
-            self._offset += len(text)
+            if entry is not None or text.startswith(own):  # else: a hidden begin-of-text token
+                self._offset += len(own)
         return written
 
     def _top_of(self, token: int, entry: TokenLogprobs) -> dict[str, float]:

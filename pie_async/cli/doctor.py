@@ -1,0 +1,170 @@
+"""`pie-async doctor`: what this machine has and what an engine would make of it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from typing import Annotated
+
+import msgspec
+import typer
+
+from pie_async import __version__
+from pie_async.cli.hardware import Hardware, memory_warning, read_hardware
+from pie_async.cli.options import MODEL, with_engine_flags
+from pie_async.cli.plan import MemoryPlan, memory_plan, plan_lines
+from pie_async.config import BUILTIN_MODEL, MIB, EngineConfig, format_size
+
+COPY_BYTES = 64 * MIB
+COPY_S = 0.2
+"""How long each copy rate is measured."""
+
+
+class CopyRates(msgspec.Struct, frozen=True, kw_only=True):
+    """Measured rates between host pool and arena, which on the CPU are both host memory."""
+
+    contiguous_bytes_per_s: float
+    """One copy of `COPY_BYTES`."""
+    block_bytes_per_s: float
+    """One copy for each block of a layer."""
+    layer_block_bytes: int
+
+
+class Torch(msgspec.Struct, frozen=True, kw_only=True):
+    """The installed torch."""
+
+    version: str
+    threads: int
+    gpus: list[str]
+
+
+class Diagnosis(msgspec.Struct, frozen=True, kw_only=True):
+    """Everything the doctor found. Sizes are bytes."""
+
+    version: str
+    hardware: Hardware
+    torch: Torch
+    copies: CopyRates
+    plan: MemoryPlan
+    warnings: list[str]
+
+
+@with_engine_flags
+def doctor(
+    *,
+    model: MODEL = BUILTIN_MODEL,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    engine: EngineConfig,
+) -> int:
+    """Look at this machine, measure its copies, and say what would be pooled for MODEL."""
+    del model
+    found = diagnose(engine)
+    if json:
+        typer.echo(msgspec.json.format(msgspec.json.encode(found), indent=2).decode())
+    else:
+        for line in lines(found):
+            typer.echo(line)
+    return 0
+
+
+def diagnose(config: EngineConfig) -> Diagnosis:
+    """Look, measure and plan; takes about a second.
+
+    Raises:
+        ConfigError, ModelError: no plan can be made for this configuration.
+    """
+    plan = memory_plan(config)
+    warning = memory_warning(plan)
+    return Diagnosis(
+        version=__version__,
+        hardware=read_hardware(),
+        torch=_torch(),
+        copies=_measure_copies(plan.block_bytes // plan.num_layers),
+        plan=plan,
+        warnings=[warning] if warning else [],
+    )
+
+
+def _torch() -> Torch:
+    import torch
+
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return Torch(version=str(torch.__version__), threads=torch.get_num_threads(), gpus=gpus)
+
+
+def _measure_copies(layer_block_bytes: int) -> CopyRates:
+    import torch
+
+    blocks = max(1, COPY_BYTES // layer_block_bytes)
+    pool = torch.ones(blocks, layer_block_bytes, dtype=torch.uint8)
+    arena = torch.ones_like(pool)
+    # every other slot, backwards: neighbours in the pool are seldom neighbours in the arena
+    order = list(range(0, blocks, 2))[::-1] or [0]
+
+    def copy_blocks() -> int:
+        for slot, block in enumerate(order):
+            arena[slot].copy_(pool[block])
+        return len(order) * layer_block_bytes
+
+    def copy_all() -> int:
+        arena.copy_(pool)
+        return pool.nbytes
+
+    return CopyRates(
+        contiguous_bytes_per_s=_rate(copy_all),
+        block_bytes_per_s=_rate(copy_blocks),
+        layer_block_bytes=layer_block_bytes,
+    )
+
+
+def _rate(copy: Callable[[], int]) -> float:
+    copy()  # the first one touches the pages
+    copied, began_s = 0, time.perf_counter()
+    while (elapsed_s := time.perf_counter() - began_s) < COPY_S:
+        copied += copy()
+    return copied / elapsed_s
+
+
+def lines(found: Diagnosis) -> Iterator[str]:
+    """The diagnosis for people."""
+    hardware = found.hardware
+    yield f"pie-async {found.version}, torch {found.torch.version}, Python {hardware.python}"
+    yield f"system: {hardware.system}"
+    yield (
+        f"processor: {hardware.processor}, {hardware.cores} of {hardware.cores_in_all} cores, "
+        f"{found.torch.threads} torch threads"
+    )
+    yield f"memory: {', '.join(_memory(hardware))}"
+    if found.torch.gpus:
+        yield f"GPU: {', '.join(found.torch.gpus)} (this version computes on the CPU)"
+    else:
+        yield "GPU: none; models run on the CPU, whose memory plays device arena and host pool"
+    copies = found.copies
+    yield (
+        f"copies between pool and arena: {copies.contiguous_bytes_per_s / 1e9:.1f} GB/s in one "
+        f"piece, {copies.block_bytes_per_s / 1e9:.1f} GB/s in blocks of "
+        f"{format_size(copies.layer_block_bytes)}"
+    )
+    yield ""
+    yield from plan_lines(found.plan)
+    for length, (resident, pooled) in found.plan.sequences.items():
+        yield (
+            f"sequences of {length:,} tokens: {resident:,} in the arena, {pooled:,} with the pool"
+        )
+    yield from found.warnings
+
+
+def _memory(hardware: Hardware) -> Iterator[str]:
+    if hardware.memory_bytes is not None:
+        yield f"{format_size(hardware.memory_bytes)} in all"
+    if hardware.available_bytes is not None:
+        yield f"{format_size(hardware.available_bytes)} free"
+    if hardware.cgroup_limit_bytes is None:
+        yield "no container limit"
+    else:
+        used = format_size(hardware.cgroup_used_bytes or 0)
+        yield f"container limit {format_size(hardware.cgroup_limit_bytes)} ({used} used)"
+    if hardware.locked_limit_bytes is None:
+        yield "no limit to pinned memory"
+    else:
+        yield f"at most {format_size(hardware.locked_limit_bytes)} may be pinned"

@@ -1,0 +1,108 @@
+"""What this machine has: processor, memory and its limits, a GPU or none."""
+
+from __future__ import annotations
+
+import os
+import platform
+import resource
+from pathlib import Path
+
+import msgspec
+
+from pie_async.cli.plan import MemoryPlan
+from pie_async.config import format_size
+
+
+class Hardware(msgspec.Struct, frozen=True, kw_only=True):
+    """The machine as this process sees it. None: not limited, or not told by the system."""
+
+    system: str
+    python: str
+    processor: str
+    cores: int
+    """Cores this process may run on."""
+    cores_in_all: int
+    memory_bytes: int | None
+    available_bytes: int | None
+    cgroup_limit_bytes: int | None
+    cgroup_used_bytes: int | None
+    locked_limit_bytes: int | None
+    """Most memory that may be pinned."""
+
+
+def read_hardware() -> Hardware:
+    """Look at the system's own files; nothing is measured."""
+    memory = _meminfo()
+    locked = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
+    cores_in_all = os.cpu_count() or 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else cores_in_all
+    return Hardware(
+        system=f"{platform.system()} {platform.release()} {platform.machine()}",
+        python=platform.python_version(),
+        processor=_processor(),
+        cores=cores,
+        cores_in_all=cores_in_all,
+        memory_bytes=memory.get("MemTotal"),
+        available_bytes=memory.get("MemAvailable"),
+        cgroup_limit_bytes=_cgroup("memory.max", "memory/memory.limit_in_bytes"),
+        cgroup_used_bytes=_cgroup("memory.current", "memory/memory.usage_in_bytes"),
+        locked_limit_bytes=None if locked == resource.RLIM_INFINITY else locked,
+    )
+
+
+def usable_bytes(hardware: Hardware) -> int | None:
+    """Memory that can still be taken, the container's limit included; None if not told."""
+    room = []
+    if hardware.available_bytes is not None:
+        room.append(hardware.available_bytes)
+    if hardware.cgroup_limit_bytes is not None:
+        room.append(hardware.cgroup_limit_bytes - (hardware.cgroup_used_bytes or 0))
+    return min(room, default=None)
+
+
+def memory_warning(plan: MemoryPlan) -> str | None:
+    """What to lower if the plan exceeds this machine's memory; None if it fits."""
+    usable = usable_bytes(read_hardware())
+    if plan.family == "simulated" or usable is None:
+        return None
+    wanted = plan.weight_bytes + plan.device_kv_bytes + plan.host_pool_bytes
+    if wanted <= usable:
+        return None
+    return (
+        f"warning: weights, arena and pool may take {format_size(wanted)}, but "
+        f"{format_size(usable)} of memory are free; lower --host-pool or --device-kv"
+    )
+
+
+def _meminfo() -> dict[str, int]:
+    found = {}
+    for line in _lines("/proc/meminfo"):
+        name, _, value = line.partition(":")
+        number = value.split()
+        if number and number[0].isdigit():
+            found[name] = int(number[0]) * 1024
+    return found
+
+
+def _processor() -> str:
+    for line in _lines("/proc/cpuinfo"):
+        name, _, value = line.partition(":")
+        if name.strip() == "model name":
+            return value.strip()
+    return platform.processor() or platform.machine()
+
+
+def _cgroup(version_2: str, version_1: str) -> int | None:
+    for name in (version_2, version_1):
+        for line in _lines(f"/sys/fs/cgroup/{name}"):
+            value = line.strip()
+            # version 1 writes "no limit" as a number near 2^63
+            return int(value) if value.isdigit() and int(value) < 2**60 else None
+    return None
+
+
+def _lines(path: str) -> list[str]:
+    try:
+        return Path(path).read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return []

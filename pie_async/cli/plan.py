@@ -1,0 +1,157 @@
+"""What an engine would set aside for a model, worked out before anything is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import msgspec
+
+from pie_async.assembly import SIM_MODEL, SIM_POSITIONS, count_slots, longest_sequence, served_name
+from pie_async.config import BUILTIN_MODEL, EngineConfig, format_size
+from pie_async.core.layout import KvLayout
+
+ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+
+
+class MemoryPlan(msgspec.Struct, frozen=True, kw_only=True):
+    """Where the bytes go. Tokens are counted over all sequences together."""
+
+    model: str
+    family: str
+    dtype: str
+    num_parameters: int
+    weight_bytes: int
+    num_layers: int
+    block_tokens: int
+    block_bytes: int
+    """One block in all layers."""
+    token_bytes: int
+    device_kv_bytes: int
+    device_blocks: int
+    device_tokens: int
+    host_pool_bytes: int
+    host_blocks: int
+    host_tokens: int
+    max_model_len: int
+    sequences: dict[int, tuple[int, int]]
+    """By length in tokens: how many such sequences the arena holds, and arena and pool."""
+
+
+def memory_plan(config: EngineConfig) -> MemoryPlan:
+    """The plan for a configuration; reads the model's config.json, never its weights.
+
+    Raises:
+        ConfigError, ModelError: as the engine itself would, before it loads anything.
+    """
+    shape = _sim_shape(config) if config.device == "sim" else _model_shape(config)
+    layout = shape.layout
+    device_blocks, host_blocks = count_slots(config, layout)
+    longest = longest_sequence(config, layout, shape.max_positions)
+    return MemoryPlan(
+        model=shape.name,
+        family=shape.family,
+        dtype=shape.dtype,
+        num_parameters=shape.num_parameters,
+        weight_bytes=shape.weight_bytes,
+        num_layers=layout.num_layers,
+        block_tokens=layout.block_tokens,
+        block_bytes=layout.block_bytes,
+        token_bytes=layout.block_bytes // layout.block_tokens,
+        device_kv_bytes=config.device_kv_bytes,
+        device_blocks=device_blocks,
+        device_tokens=device_blocks * layout.block_tokens,
+        host_pool_bytes=config.host_pool_bytes,
+        host_blocks=host_blocks,
+        host_tokens=host_blocks * layout.block_tokens,
+        max_model_len=longest,
+        sequences={
+            length: (
+                device_blocks // layout.blocks_for(length),
+                (device_blocks + host_blocks) // layout.blocks_for(length),
+            )
+            for length in (512, 1024, 4096, 16384, 65536)
+            if length <= longest
+        },
+    )
+
+
+def plan_lines(plan: MemoryPlan) -> Iterator[str]:
+    """The plan in a few lines for people."""
+    yield (
+        f"{plan.model}: {plan.family}, {plan.num_parameters / 1e6:,.1f}M parameters in "
+        f"{plan.dtype} ({format_size(plan.weight_bytes)}), context {plan.max_model_len:,} tokens"
+    )
+    yield (
+        f"one KV block: {plan.block_tokens} tokens, {format_size(plan.block_bytes)} over "
+        f"{plan.num_layers} layers ({format_size(plan.token_bytes)} per token)"
+    )
+    yield (
+        f"device arena {format_size(plan.device_kv_bytes)}: {plan.device_blocks:,} blocks, "
+        f"{plan.device_tokens:,} tokens resident (--device-kv)"
+    )
+    if plan.host_blocks:
+        yield (
+            f"host pool up to {format_size(plan.host_pool_bytes)}: {plan.host_blocks:,} blocks, "
+            f"{plan.host_tokens:,} more tokens (--host-pool)"
+        )
+    else:
+        yield "host pool off: what does not fit is recomputed (--host-pool)"
+
+
+class _Shape(msgspec.Struct, frozen=True, kw_only=True):
+    name: str
+    family: str
+    dtype: str
+    num_parameters: int
+    weight_bytes: int
+    max_positions: int
+    layout: KvLayout
+
+
+def _model_shape(config: EngineConfig) -> _Shape:
+    from pie_async.model.checkpoint import resolve_model
+    from pie_async.model.config import read_config
+
+    model = read_config(resolve_model(config.model))
+    dtype = "float32" if config.dtype == "auto" else config.dtype
+    return _Shape(
+        name=served_name(config.model),
+        family=model.family,
+        dtype=dtype,
+        num_parameters=model.num_parameters,
+        weight_bytes=model.num_parameters * ITEM_BYTES[dtype],
+        max_positions=model.max_positions,
+        layout=_layout(config, model.num_layers, model.kv_heads, model.head_dim, ITEM_BYTES[dtype]),
+    )
+
+
+def _sim_shape(config: EngineConfig) -> _Shape:
+    from pie_async.device.cost_model import shape_named
+
+    name = SIM_MODEL if config.model == BUILTIN_MODEL else config.model
+    shape = shape_named(name)
+    return _Shape(
+        name=name,
+        family="simulated",
+        dtype="bfloat16",
+        num_parameters=shape.weight_bytes // shape.weight_item_bytes,
+        weight_bytes=shape.weight_bytes,
+        max_positions=SIM_POSITIONS,
+        layout=_layout(
+            config, shape.num_layers, shape.kv_heads, shape.head_dim, shape.kv_item_bytes
+        ),
+    )
+
+
+def _layout(
+    config: EngineConfig, num_layers: int, kv_heads: int, head_dim: int, item_bytes: int
+) -> KvLayout:
+    return KvLayout(
+        num_layers=num_layers,
+        block_tokens=config.block_tokens,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        item_bytes=item_bytes,
+        layer_group=min(config.layer_group, num_layers),
+        ring_depth=config.ring_depth,
+    )

@@ -1,0 +1,61 @@
+"""What commands share: the loop, a started engine, the terminal."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Coroutine
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any
+
+from pie_async.config import EngineConfig
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from pie_async.engine import Engine
+
+
+def run_async(main: Coroutine[Any, Any, int]) -> int:
+    """Run a command on uvloop."""
+    import uvloop
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(main)
+
+
+def run_in_virtual_time(main: Coroutine[Any, Any, int]) -> int:
+    """Run a command on a clock that jumps: for the simulated device."""
+    from pie_async.runtime.virtual_time import VirtualTimeLoop
+
+    with asyncio.Runner(loop_factory=VirtualTimeLoop) as runner:
+        return runner.run(main)
+
+
+def messages() -> Console:
+    """Where progress and remarks go, so that standard output holds results alone."""
+    from rich.console import Console
+
+    return Console(stderr=True, highlight=False)
+
+
+@asynccontextmanager
+async def started(config: EngineConfig) -> AsyncIterator[Engine]:
+    """A started engine; a bar shows the weights being loaded."""
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
+
+    from pie_async.engine import Engine
+
+    engine = Engine(config)
+    columns = (TextColumn("loading {task.description}"), BarColumn(), DownloadColumn())
+    console = messages()
+    with Progress(
+        *columns, console=console, transient=True, disable=not console.is_terminal
+    ) as bar:
+        task = bar.add_task(config.model, total=None)
+        await engine.start(
+            progress=lambda done, total: bar.update(task, completed=done, total=total)
+        )
+    try:
+        yield engine
+    finally:
+        await engine.aclose()

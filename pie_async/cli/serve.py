@@ -1,0 +1,107 @@
+"""`pie-async serve`: the OpenAI-compatible server."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pie_async.cli.hardware import memory_warning
+from pie_async.cli.options import MODEL, size, with_engine_flags
+from pie_async.cli.plan import memory_plan, plan_lines
+from pie_async.cli.running import messages, run_async, started
+from pie_async.config import BUILTIN_MODEL, EngineConfig
+from pie_async.errors import ConfigError
+
+_PANEL = "Server"
+
+
+@with_engine_flags
+def serve(
+    *,
+    model: MODEL = BUILTIN_MODEL,
+    host: Annotated[
+        str,
+        typer.Option(envvar="PIE_HOST", show_envvar=False, rich_help_panel=_PANEL,
+                     help="Address to listen on; 0.0.0.0 is the whole network."),
+    ] = "127.0.0.1",
+    port: Annotated[
+        int,
+        typer.Option(min=0, max=65535, envvar="PIE_PORT", show_envvar=False,
+                     rich_help_panel=_PANEL, help="Port; 0 picks a free one."),
+    ] = 8000,
+    served_model_name: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", rich_help_panel=_PANEL, help="What clients call the model."),
+    ] = None,
+    api_key_file: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", envvar="PIE_API_KEY_FILE", show_envvar=False,
+                     rich_help_panel=_PANEL, help="Accept only these keys, one per line."),
+    ] = None,
+    max_body: Annotated[
+        str,
+        typer.Option(parser=size, metavar="SIZE", rich_help_panel=_PANEL,
+                     help="Larger request bodies are refused."),
+    ] = "4MiB",
+    shutdown_timeout: Annotated[
+        float,
+        typer.Option(min=0.0, metavar="SECONDS", rich_help_panel=_PANEL,
+                     help="How long requests may go on after a signal to stop."),
+    ] = 30.0,
+    engine: EngineConfig,
+) -> int:  # fmt: skip
+    """Serve MODEL over OpenAI's API; without one, the small built-in model.
+
+    Stop it with Ctrl-C: what is being answered is finished first.
+    """
+    del model  # it is in the engine's configuration
+    keys = _read_keys(api_key_file)
+    console = messages()
+    plan = memory_plan(engine)
+    for line in plan_lines(plan):
+        console.print(line, markup=False, soft_wrap=True)
+    if warning := memory_warning(plan):
+        console.print(warning, style="yellow", markup=False, soft_wrap=True)
+
+    async def main() -> int:
+        from pie_async.api.server import serve as serve_http
+
+        async with started(engine) as running:
+            await serve_http(
+                running,
+                host,
+                port,
+                served_model_name=served_model_name,
+                api_keys=keys,
+                max_body_bytes=int(max_body),
+                shutdown_timeout_s=shutdown_timeout,
+                on_ready=_announcer(served_model_name or running.model.name),
+            )
+        return 0
+
+    return run_async(main())
+
+
+def _announcer(name: str) -> Callable[[str], None]:
+    def announce(url: str) -> None:
+        # scripts wait for this line on standard output
+        typer.echo(f"serving {name} at {url}/v1 (Ctrl-C stops)")
+
+    return announce
+
+
+def _read_keys(path: Path | None) -> list[str]:
+    if path is None:
+        return []
+    try:
+        keys = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not text"
+        raise ConfigError(f"cannot read {path}: {reason}", option="api_key_file") from error
+    keys = [key for key in keys if key]
+    if not keys:
+        raise ConfigError(f"{path} holds no key", option="api_key_file")
+    return keys

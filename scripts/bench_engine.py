@@ -1,0 +1,145 @@
+"""What the engine itself costs: pooling at a quarter of the memory, pooling unused, actors.
+
+    python scripts/bench_engine.py [--rounds 5] [--json FILE]
+
+Three ratios and one time, all with the built-in model (or, for the actors, the simulated
+device):
+
+- a device arena of a quarter of the need, against one that holds everything (same batch);
+- everything resident with the pool switched on, against off;
+- host time per iteration of the whole engine with 64 running sequences, with and without 64
+  readers that take every token as it comes.
+
+The variants of a ratio alternate within one run; medians are reported.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+from pie_async import LLM, Engine, SamplingParams
+from pie_async.config import MIB
+from pie_async.outputs import RequestOutput
+from pie_async.runtime.virtual_time import VirtualTimeLoop
+from pie_async.sampling_params import OutputKind
+
+BATCH = 16
+PROMPT_TOKENS = 64
+OUTPUT_TOKENS = 192
+
+
+def generate(llm: LLM) -> tuple[float, list[RequestOutput]]:
+    """Output tokens per second of one saturated batch, and what came out."""
+    prompts = [[100 + 7 * i + j for j in range(PROMPT_TOKENS)] for i in range(BATCH)]
+    params = SamplingParams(temperature=0.0, max_tokens=OUTPUT_TOKENS, ignore_eos=True)
+    began_s = time.perf_counter()
+    outputs = llm.generate(prompts, params, progress=False)
+    return BATCH * OUTPUT_TOKENS / (time.perf_counter() - began_s), outputs
+
+
+def compare(name: str, rounds: int, first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
+    """Alternate two configurations; the ratio of their rates, second over first."""
+    with LLM(**first) as one, LLM(**second) as other:
+        _, expected = generate(one)
+        _, outputs = generate(other)
+        for left, right in zip(expected, outputs, strict=True):
+            if left.outputs[0].token_ids != right.outputs[0].token_ids:
+                raise SystemExit(f"{name}: the two configurations generate different tokens")
+        rates: list[tuple[float, float]] = []
+        for _ in range(rounds):
+            rates.append((generate(one)[0], generate(other)[0]))
+        stats = other.stats()
+    return {
+        "measure": name,
+        "first_tokens_per_s": statistics.median(rate for rate, _ in rates),
+        "second_tokens_per_s": statistics.median(rate for _, rate in rates),
+        "ratio": statistics.median(right / left for left, right in rates),
+        "ratio_range": [min(r / f for f, r in rates), max(r / f for f, r in rates)],
+        "stall_share": stats.stall_share,
+        "staged_bytes": stats.h2d_bytes,
+        "preemptions_parked": stats.preemptions_parked,
+    }
+
+
+def quarter_arena(rounds: int) -> dict[str, Any]:
+    with LLM(device_kv_bytes=64 * MIB) as llm:
+        block_bytes = llm.stats().block_bytes
+        tokens_per_block = llm.stats().block_tokens
+    blocks = BATCH * -(-(PROMPT_TOKENS + OUTPUT_TOKENS) // tokens_per_block)
+    quarter = blocks // 4 * block_bytes
+    return compare(
+        "device arena 1/4 of the need",
+        rounds,
+        {"device_kv_bytes": 64 * MIB, "host_pool_bytes": 64 * MIB},
+        {"device_kv_bytes": quarter, "host_pool_bytes": 64 * MIB},
+    )
+
+
+def unused_pool(rounds: int) -> dict[str, Any]:
+    return compare(
+        "pool switched on, everything resident",
+        rounds,
+        {"device_kv_bytes": 64 * MIB, "host_pool_bytes": 0},
+        {"device_kv_bytes": 64 * MIB, "host_pool_bytes": 256 * MIB},
+    )
+
+
+def host_time(output_kind: OutputKind, device_kv_bytes: int) -> float:
+    """Seconds of host CPU per iteration at 64 running sequences on the simulated device."""
+
+    async def measure() -> float:
+        async with Engine(
+            device="sim", device_kv_bytes=device_kv_bytes, max_running_sequences=64
+        ) as engine:
+
+            async def read(number: int) -> None:
+                params = SamplingParams(max_tokens=500, output_kind=output_kind)
+                prompt = [number + i for i in range(256)]
+                async for _ in engine.generate(prompt, params):
+                    pass
+
+            readers = [asyncio.create_task(read(i)) for i in range(64)]
+            while engine.stats().iterations < 100:
+                await asyncio.sleep(0.05)
+            if engine.stats().running != 64:
+                raise SystemExit(f"only {engine.stats().running} of 64 sequences run")
+            first, began_s = engine.stats().iterations, time.process_time()
+            while engine.stats().iterations < 450:
+                await asyncio.sleep(0.05)
+            spent_s = time.process_time() - began_s
+            per_iteration_s = spent_s / (engine.stats().iterations - first)
+            await asyncio.gather(*readers)
+            return per_iteration_s
+
+    with asyncio.Runner(loop_factory=VirtualTimeLoop) as runner:
+        return runner.run(measure())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--json", type=Path, help="write the numbers here")
+    options = parser.parse_args()
+    rows = [quarter_arena(options.rounds), unused_pool(options.rounds)]
+    for row in rows:
+        low, high = row["ratio_range"]
+        print(f"{row['measure']:42} {row['ratio']:.3f} ({low:.3f} .. {high:.3f})")
+    times: dict[str, float] = {}
+    kinds: list[tuple[str, OutputKind]] = [("actors alone", "final"), ("with 64 readers", "delta")]
+    for name, kind in kinds:
+        times[name] = statistics.median(
+            host_time(kind, 16 * 2**30) for _ in range(options.rounds)
+        )
+        print(f"host time per iteration, {name:17} {times[name] * 1e6:.0f} us")
+    if options.json:
+        options.json.write_text(json.dumps({"ratios": rows, "host_s": times}, indent=2))
+
+
+if __name__ == "__main__":
+    main()
