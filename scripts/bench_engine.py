@@ -43,7 +43,9 @@ def generate(llm: LLM) -> tuple[float, list[RequestOutput]]:
     return BATCH * OUTPUT_TOKENS / (time.perf_counter() - began_s), outputs
 
 
-def compare(name: str, rounds: int, first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
+def compare(
+    name: str, rounds: int, first: dict[str, Any], second: dict[str, Any]
+) -> dict[str, Any]:
     """Alternate two configurations; the ratio of their rates, second over first."""
     with LLM(**first) as one, LLM(**second) as other:
         _, expected = generate(one)
@@ -133,9 +135,7 @@ def main() -> None:
     times: dict[str, float] = {}
     kinds: list[tuple[str, OutputKind]] = [("actors alone", "final"), ("with 64 readers", "delta")]
     for name, kind in kinds:
-        times[name] = statistics.median(
-            host_time(kind, 16 * 2**30) for _ in range(options.rounds)
-        )
+        times[name] = statistics.median(host_time(kind, 16 * 2**30) for _ in range(options.rounds))
         print(f"host time per iteration, {name:17} {times[name] * 1e6:.0f} us")
     if options.json:
         options.json.write_text(json.dumps({"ratios": rows, "host_s": times}, indent=2))

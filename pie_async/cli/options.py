@@ -137,7 +137,7 @@ FLAGS: dict[str, _Flag] = {
         "--cpu-threads", count, "N", "Threads of one torch operation (cpu).", "torch's choice",
     ),
     "seed": _Flag(
-        "--seed", int, "N", "Seeds of requests without one are drawn from it.",
+        "--seed", count, "N", "Seeds of requests without one are drawn from it.",
         str(_DEFAULTS.seed),
     ),
     "debug": _Flag(

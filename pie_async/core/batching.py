@@ -110,7 +110,7 @@ class _Batch:
     def admit(self) -> None:
         """Start waiting sequences while lanes, budget and memory allow."""
         schedule = self._schedule
-        while self._budget and schedule.lanes.num_free:
+        while self._budget and schedule.free_lanes:
             seq = schedule.next_waiting()
             if seq is None or self._is_behind_parked(seq) or not self._may_admit(seq):
                 return
@@ -142,7 +142,7 @@ class _Batch:
         for index in range((len(seq.tokens) - 1) // size):
             tokens = tuple(seq.tokens[index * size : (index + 1) * size])
             block = self._schedule.residency.find_prefix(parent, tokens)
-            if block is None or block.read_slot is None:
+            if block is None or block.read_slot is None or block.is_leaving:
                 break
             block.owners.append((seq, index))
             seq.table.append(block)

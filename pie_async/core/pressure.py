@@ -54,8 +54,7 @@ def preempt(schedule: Schedule) -> None:
     if schedule.starved_plans > PATIENCE_PLANS or (schedule.is_starved and not schedule.in_flight):
         if residency.free_device + residency.coming_device > 0:
             return
-        holders = [seq for seq in schedule.parked if seq.demote_from < len(seq.table)]
-        if not holders and len(schedule.running) > 1:
+        if not any(map(_holds_device, schedule.parked)) and len(schedule.running) > 1:
             schedule.park(schedule.running[-1])
         elif residency.available_host == 0:
             _drop_last_parked(schedule)
@@ -91,7 +90,7 @@ def _growth_blocks(schedule: Schedule) -> int:
 def _admission_blocks(schedule: Schedule) -> int:
     """Device slots that the next waiting sequence's first chunk wants, if it may start."""
     seq = schedule.next_waiting()
-    if seq is None or not schedule.lanes.num_free:
+    if seq is None or not schedule.free_lanes:
         return 0
     size = schedule.block_tokens
     blocks = -(-len(seq.tokens) // size)
@@ -103,11 +102,11 @@ def _admission_blocks(schedule: Schedule) -> int:
 def _resume_blocks(schedule: Schedule) -> int:
     """Device slots that the first parked sequence wants before it can come back, if the
     parked sequences behind it can give them up."""
-    if not schedule.lanes.num_free:
+    if not schedule.free_lanes:
         return 0
     residency = schedule.residency
     pooled = sum(block.read_slot is None for block in schedule.parked[0].table)
-    wanted = max(0, pooled - max(0, _streamed_room(schedule))) + len(schedule.running) + 1
+    wanted = max(0, pooled - max(0, _streamed_room(schedule, joining=1))) + len(schedule.running) + 1
     behind = sum(len(seq.table) - seq.demote_from for seq in schedule.parked[1:])
     is_alone = not schedule.running and not schedule.resuming
     supply = residency.free_device + residency.coming_device + behind
@@ -136,11 +135,14 @@ def _demote(schedule: Schedule, wanted: int) -> list[BlockMove]:
     return moves
 
 
-def _streamed_room(schedule: Schedule) -> int:
-    """How many more blocks may be streamed. A sequence alone may use everything: what the
-    memories together can hold is never refused, it runs at the link's speed."""
+def _streamed_room(schedule: Schedule, *, joining: int = 0) -> int:
+    """How many more blocks may be streamed, once `joining` parked sequences have come back.
+
+    A sequence alone may use everything: what the memories together can hold is never refused,
+    it runs at the link's speed.
+    """
     residency = schedule.residency
-    if len(schedule.running) + len(schedule.resuming) <= 1:
+    if len(schedule.running) + len(schedule.resuming) + joining <= 1:
         return residency.staging.num_free
     return schedule.streamed_limit - residency.num_streamed
 
@@ -168,6 +170,14 @@ def _resident_blocks(seq: Sequence, end: int) -> Iterator[Block]:
             seq.demote_from += 1
 
 
+def _holds_device(seq: Sequence) -> bool:
+    """Whether a parked sequence has blocks that could leave: what others read, stays."""
+    return any(
+        block.device_slot is not None and not is_read_by_running(block)
+        for block in seq.table[seq.demote_from :]
+    )
+
+
 def _drop_last_parked(schedule: Schedule) -> None:
     """Both memories are full: give up the KV of the sequence that would come back last."""
     for seq in reversed(schedule.parked):
@@ -192,7 +202,7 @@ def _resume(schedule: Schedule) -> list[BlockMove]:
     """Bring the first parked sequence back if what it holds fits again."""
     seq = schedule.parked[0]
     is_alone = not schedule.running and not schedule.resuming
-    if schedule.lanes.num_free == 0 or seq.launches_in_flight:
+    if schedule.free_lanes == 0 or seq.launches_in_flight:
         return []
     if any(block.move is not None for block in seq.table):
         return []
@@ -200,8 +210,7 @@ def _resume(schedule: Schedule) -> list[BlockMove]:
     pooled = [block for block in seq.table if block.read_slot is None]
     reserve = len(schedule.running) + 1
     free = residency.free_device - reserve
-    stageable = residency.staging.num_free if is_alone else _streamed_room(schedule)
-    stageable = min(stageable, residency.staging.num_free)
+    stageable = min(_streamed_room(schedule, joining=1), residency.staging.num_free)
     if free + max(0, stageable) < len(pooled):
         if is_alone:
             _make_way(schedule)

@@ -57,6 +57,11 @@ class Block:
         return self.staging_slot is not None
 
     @property
+    def is_leaving(self) -> bool:
+        """It is being copied out and will then be only pooled: nobody new may read it."""
+        return self.move == "out" and self.staging_slot is None
+
+    @property
     def read_slot(self) -> DeviceSlot | None:
         """The slot that a block table holds for it; None while it is only pooled."""
         return self.device_slot if self.is_resident else self.staging_slot

@@ -173,6 +173,11 @@ class Schedule:
         return self.residency.moving_in > 0 or self.residency.moving_out > 0
 
     @property
+    def free_lanes(self) -> int:
+        """Lanes that nobody runs in and no resuming sequence is going to."""
+        return self.lanes.num_free - len(self.resuming)
+
+    @property
     def num_parked_blocks(self) -> int:
         """Blocks of parked sequences that lie in the pool alone."""
         return sum(block.device_slot is None for seq in self.parked for block in seq.table)

@@ -59,7 +59,7 @@ class Planner:
         self._dtype = dtype
         self._device = tables.device
         self._workspace = Workspace(dtype, tables.device)
-        self._head_rows = torch.arange(kv.kv_heads, device=tables.device).unsqueeze(1)
+        self._numbers = torch.arange(kv.kv_heads, device=tables.device)
 
     def plan(
         self,
@@ -83,17 +83,18 @@ class Planner:
     def _writes(self, spans: Sequence[Span], lanes: Tensor, positions: Tensor) -> Writes:
         size = self._kv.block_tokens
         slots = self._tables[lanes, positions // size]
-        keys = slots * (2 * size) + positions % size
+        first = (slots * (2 * self._kv.kv_heads * size) + positions % size).unsqueeze(1)
+        keys = (first + self._numbers * size).flatten()
+        values = keys + self._kv.kv_heads * size
         fresh = [
             (span.lane, (span.end - 1) // size)
             for span in spans
             if span.end % size and (span.end - 1) // size * size >= span.start
         ]
         if not fresh:
-            return Writes(keys, keys + size, None)
+            return Writes(keys, values, None)
         lane, block = torch.tensor(fresh, device=self._device).unbind(1)
-        first = self._tables[lane, block] * 2
-        return Writes(keys, keys + size, torch.cat((first, first + 1)))
+        return Writes(keys, values, self._tables[lane, block])
 
     def _parts(
         self, spans: Sequence[Span], window: int | None
@@ -140,20 +141,17 @@ class Planner:
         is_hidden = positions > starts
         if window is not None:
             is_hidden |= positions <= starts - window
-        mask = self._mask(is_hidden).repeat_interleave(self._kv.kv_heads, 0)
         return DecodeBatch(
             tokens=slice(first_row, first_row + len(spans)),
-            vectors=self._vectors(slots),
-            mask=mask.unsqueeze(1),
+            heads=self._heads(slots),
+            mask=self._mask(is_hidden).unsqueeze(1),
         )
 
-    def _vectors(self, slots: Tensor) -> Tensor:
-        """Of [rows, blocks] slots: [2, rows, kv_heads, positions] rows of `PagedKv.vectors`."""
-        size, heads = self._kv.block_tokens, self._kv.kv_heads
-        inside = torch.arange(0, size * heads, heads, device=self._device)
-        tokens = (slots.unsqueeze(2) * (2 * size * heads) + inside).flatten(1)
-        keys = tokens.unsqueeze(1) + self._head_rows
-        return torch.cat((keys, keys + size * heads)).flatten()
+    def _heads(self, slots: Tensor) -> Tensor:
+        """Of [rows, blocks] slots: [2, rows, kv_heads, blocks], flat, rows of `PagedKv.heads`."""
+        heads = self._kv.kv_heads
+        keys = slots.unsqueeze(1) * (2 * heads) + self._numbers.unsqueeze(1)
+        return torch.cat((keys, keys + heads)).flatten()
 
     def _prefill(self, span: Span, first_token: int, window: int | None) -> PrefillRow:
         tokens = slice(first_token, first_token + span.num_tokens)
@@ -161,14 +159,15 @@ class Planner:
             return PrefillRow(tokens, None, span.num_tokens, None)
         size, device = self._kv.block_tokens, self._device
         first = self._first_block(span, window)
-        slots = self._tables[span.lane, first : first + self._num_blocks(span, window)]
+        last = first + self._num_blocks(span, window)
+        slots = self._tables[span.lane : span.lane + 1, first:last]
         seen = torch.arange(first * size, span.end, device=device)
         positions = torch.arange(span.start, span.end, device=device).unsqueeze(1)
         is_hidden = seen > positions
         if window is not None:
             is_hidden |= seen <= positions - window
-        halves = torch.cat((slots * 2, slots * 2 + 1))
-        return PrefillRow(tokens, halves, span.end - first * size, self._mask(is_hidden))
+        mask = self._mask(is_hidden)
+        return PrefillRow(tokens, self._heads(slots), span.end - first * size, mask)
 
     def _mask(self, is_hidden: Tensor) -> Tensor:
         mask = torch.zeros(is_hidden.shape, dtype=self._dtype, device=self._device)

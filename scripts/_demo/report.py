@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 from rich.table import Table
@@ -56,7 +57,7 @@ def sparkline(values: Sequence[float], *, width: int = 40, floor: float = 1.0) -
     """
     bars = min(width, len(values))
     edges = [index * len(values) // bars for index in range(bars + 1)]
-    peaks = [max(values[low:high]) for low, high in zip(edges, edges[1:], strict=False)]
+    peaks = [max(values[low:high]) for low, high in itertools.pairwise(edges)]
     span = max(max(peaks) - floor, 1e-9)
     shares = (min(max((peak - floor) / span, 0.0), 1.0) for peak in peaks)
     return "".join(_BARS[round(share * (len(_BARS) - 1))] for share in shares)

@@ -73,7 +73,7 @@ def test_bench_writes_a_table_and_json_that_agree(capsys, tmp_path):
     assert report["summary"]["prompt_tokens"] == 100
     assert report["summary"]["failed"] == 0
     assert report["summary"]["goodput_share"] == 1.0
-    assert report["pool"]["iterations"] > 6
+    assert report["pool"]["iterations"] >= 6
     assert report["engine"]["device_kv_bytes"] == 2 * 2**20
     for name in ("output tokens/s", "TTFT", "TPOT", "ITL", "p99", "stall share", "goodput"):
         assert name in out

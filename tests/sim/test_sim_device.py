@@ -6,6 +6,7 @@ import asyncio
 import re
 from itertools import count
 
+import msgspec
 import pytest
 from support.device_rigs import DEVICE_SLOTS, LAYOUT, SHAPE, VOCAB, sim_device
 from support.device_scripts import (
@@ -168,10 +169,9 @@ async def test_tokens_read_before_their_event_are_an_error():
 
 
 def test_a_layout_of_another_model_is_refused():
+    shape = msgspec.structs.replace(SHAPE, num_layers=4)
     with pytest.raises(ConfigError, match="5 layers, the model shape 4"):
-        import msgspec
-
-        sim_device(shape=msgspec.structs.replace(SHAPE, num_layers=4))
+        sim_device(shape=shape)
 
 
 async def test_a_device_that_was_not_started_says_so():
@@ -185,9 +185,8 @@ async def test_a_device_that_was_not_started_says_so():
 async def tokens_of(device: SimDevice, sequence: int, *, lane: int, num: int = 12) -> list[int]:
     slots = tuple(range(lane * 8, lane * 8 + 8))
     tokens = [await run(device, prefill(sequence, PROMPT, slots, lane=lane))]
-    for i in range(num):
-        tokens.append(await run(device, feed(sequence, len(PROMPT) + i, (), lane=lane)))
-    return tokens
+    rest = (feed(sequence, len(PROMPT) + i, (), lane=lane) for i in range(num))
+    return tokens + [await run(device, command) for command in rest]
 
 
 async def test_tokens_depend_on_seed_and_position_only():
@@ -275,10 +274,11 @@ async def test_a_block_given_away_while_in_use_is_caught():
 async def test_kv_that_was_never_written_is_caught():
     device = started()
     await run(device, prefill(0, PROMPT, (0, 1, 2)))
-    with pytest.raises(CorruptKv, match="sequence 0, block 0: .* but holds nothing"):
+    with pytest.raises(CorruptKv, match=r"sequence 0, block 0: .* but holds nothing"):
         await run(device, feed(0, len(PROMPT), (5,), tables=(TableUpdate(0, 0, (20,)),)))
-    with pytest.raises(CorruptKv, match="starts at position 14, but only .* first 12 tokens"):
-        await run(device, feed(0, len(PROMPT) + 3, (5,)))
+    gap = feed(0, len(PROMPT) + 3, (5,), tables=(TableUpdate(0, 3, (3,)),))
+    with pytest.raises(CorruptKv, match=r"starts at position 14, but only .* first 12 tokens"):
+        await run(device, gap)
 
 
 async def test_recomputing_other_tokens_than_before_is_caught():
@@ -405,9 +405,17 @@ async def test_a_slot_reused_before_its_last_reader_was_seen_is_caught():
 # --- the launcher's waits, taken away one by one ----------------------------------------------
 
 
+SIX_LAYERS = msgspec.structs.replace(LAYOUT, num_layers=6)
+"""A multiple of the ring: otherwise one wait per iteration is implied by the one before it."""
+
+
 async def launch_three_iterations() -> None:
-    """Two staged iterations in flight at once, then one more."""
-    device = await with_streamed_blocks(link_bytes_per_s=3e8)
+    """Three staged iterations in flight at once."""
+    device = await with_streamed_blocks(
+        link_bytes_per_s=3e8,
+        layout=SIX_LAYERS,
+        shape=msgspec.structs.replace(SHAPE, num_layers=6),
+    )
     launcher = Launcher(device, asyncio.get_running_loop())
     futures = []
     for iteration in range(1, 4):
@@ -428,7 +436,7 @@ async def test_every_single_wait_of_the_launcher_is_needed(monkeypatch: pytest.M
     monkeypatch.setattr(SimStream, "wait", lambda s, e: (next(calls), real_wait(s, e))[1])
     await launch_three_iterations()
     num_waits = next(calls)
-    assert num_waits == 3 * 2 * LAYOUT.num_layers - LAYOUT.ring_depth
+    assert num_waits == 3 * 2 * SIX_LAYERS.num_layers - SIX_LAYERS.ring_depth
 
     for removed in range(num_waits):
         calls = count()
