@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -89,8 +90,6 @@ def _assemble_cpu(config: EngineConfig, progress: Progress | None) -> Parts:
     )
     device_slots, host_slots = count_slots(config, layout)
     max_model_len = longest_sequence(config, layout, model_config.max_positions)
-    if config.cpu_threads is not None:
-        torch.set_num_threads(config.cpu_threads)
     decoder = load_model(path, model_config, dtype, torch.device("cpu"), progress=progress)
     device = CpuDevice(
         layout,
@@ -98,6 +97,7 @@ def _assemble_cpu(config: EngineConfig, progress: Progress | None) -> Parts:
         host_slots=host_slots,
         dtype=dtype,
         link_bytes_per_s=config.link_bytes_per_s,
+        threads=config.cpu_threads or default_threads(),
         poisons=config.debug,
     )
     device.load(
@@ -120,6 +120,16 @@ def _assemble_cpu(config: EngineConfig, progress: Progress | None) -> Parts:
     )
     eos_ids = frozenset(model_config.eos_ids) | frozenset(tokenizer.eos_ids)
     return Parts(device=device, tokenizer=tokenizer, model=info, eos_ids=eos_ids)
+
+
+def default_threads() -> int:
+    """All cores but one, which is left to the copy streams and the event loop.
+
+    A torch operation is as slow as the slowest of its threads, so one that shares its core
+    costs more than it adds.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, (cores or 1) - 1)
 
 
 def count_slots(config: EngineConfig, layout: KvLayout) -> tuple[int, int]:

@@ -50,7 +50,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """Fix the number of blocks that may be streamed; None lets the governor decide."""
     max_queued_requests: int = 4096
     cpu_threads: int | None = None
-    """CPU device: threads per torch operation; None: as torch chooses."""
+    """CPU device: threads per torch operation; None: all cores but one."""
     debug: bool = False
     """Poison staging buffers, check invariants at every iteration."""
     seed: int = 0

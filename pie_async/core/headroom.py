@@ -12,6 +12,12 @@ import msgspec
 
 from pie_async.messages import IterationObserved
 
+BUSY_LINK = 0.5
+"""Share of an iteration's time from which the link counts as the cause of stall. Below it a
+stall comes from elsewhere (a copy thread that was scheduled late), and streaming less would
+cost more than it saves."""
+LONG_STALL = 0.2
+"""Smoothed stall that is cut whatever its cause."""
 LINK_SHARE = 0.95
 """Part of the link's time that staging may fill."""
 STALL_TOLERANCE = 0.02
@@ -46,6 +52,8 @@ class Headroom(msgspec.Struct, frozen=True, kw_only=True):
     """Compute time of a decode-only iteration, without stall; 0 until one ran."""
     stall_share: float = 0.0
     """Stall per compute time, smoothed."""
+    busy_share: float = 0.0
+    """Part of the iteration's time that the link was busy staging, smoothed."""
     cooldown: int = 0
     reason: str = "nothing is streamed yet"
 
@@ -66,7 +74,7 @@ def decide(state: Headroom, seen: IterationObserved) -> Headroom:
     state = _measure(state, seen)
     if state.cooldown:
         return msgspec.structs.replace(state, cooldown=state.cooldown - 1)
-    if seen.streamed_blocks and state.stall_share > STALL_TOLERANCE:
+    if seen.streamed_blocks and _stalls(state):
         return _shrink_on_stall(state, seen)
     bound = state.bound_blocks
     if state.limit_blocks > bound and state.decode_s:
@@ -78,16 +86,26 @@ def decide(state: Headroom, seen: IterationObserved) -> Headroom:
     return state
 
 
+def _stalls(state: Headroom) -> bool:
+    tolerance = STALL_TOLERANCE if state.busy_share >= BUSY_LINK else LONG_STALL
+    return state.stall_share > tolerance
+
+
 def _measure(state: Headroom, seen: IterationObserved) -> Headroom:
     link, decode_s = state.link_bytes_per_s, state.decode_s
     if seen.staged_bytes and seen.staging_busy_s > 0:
         link = _blend(link, seen.staged_bytes / seen.staging_busy_s)
     if seen.decode_rows and not seen.prefill_tokens:
         decode_s = _blend(decode_s, seen.compute_s)
-    share = seen.stall_s / seen.compute_s if seen.compute_s else 0.0
-    stall_share = state.stall_share + SMOOTHING * (share - state.stall_share)
+    compute_s = max(seen.compute_s, 1e-9)
+    stall_share = seen.stall_s / compute_s
+    busy_share = seen.staging_busy_s / (compute_s + seen.stall_s)
     return msgspec.structs.replace(
-        state, link_bytes_per_s=link, decode_s=decode_s, stall_share=stall_share
+        state,
+        link_bytes_per_s=link,
+        decode_s=decode_s,
+        stall_share=state.stall_share + SMOOTHING * (stall_share - state.stall_share),
+        busy_share=state.busy_share + SMOOTHING * (busy_share - state.busy_share),
     )
 
 

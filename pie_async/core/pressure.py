@@ -106,7 +106,8 @@ def _resume_blocks(schedule: Schedule) -> int:
         return 0
     residency = schedule.residency
     pooled = sum(block.read_slot is None for block in schedule.parked[0].table)
-    wanted = max(0, pooled - max(0, _streamed_room(schedule, joining=1))) + len(schedule.running) + 1
+    stageable = max(0, _streamed_room(schedule, joining=1))
+    wanted = max(0, pooled - stageable) + len(schedule.running) + 1
     behind = sum(len(seq.table) - seq.demote_from for seq in schedule.parked[1:])
     is_alone = not schedule.running and not schedule.resuming
     supply = residency.free_device + residency.coming_device + behind

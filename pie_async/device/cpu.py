@@ -171,6 +171,7 @@ class CpuDevice:
         host_slots: int,
         dtype: torch.dtype,
         link_bytes_per_s: float | None = None,
+        threads: int | None = None,
         poisons: bool = False,
     ) -> None:
         """Set memory aside; pages are committed as they are used.
@@ -178,6 +179,7 @@ class CpuDevice:
         Args:
             dtype: of the KV.
             link_bytes_per_s: rate of the host link in each direction; None: no limit.
+            threads: that one torch operation of the compute stream uses; None: as torch chooses.
             poisons: overwrite staging buffers with NaN once they have been read.
         """
         self.arena = AliasedArena(
@@ -198,6 +200,7 @@ class CpuDevice:
             layout.num_layers, max(1, host_slots), layout.layer_block_bytes, dtype=torch.uint8
         )
         self._link_bytes_per_s = link_bytes_per_s
+        self._threads = threads
         self._poisons = poisons
         self._runner: ModelRunner | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -210,6 +213,9 @@ class CpuDevice:
         self._loop = loop
         for stream in self._streams:
             stream.start()
+        if self._threads is not None:
+            # Counts for the thread that calls it, and for threads that torch meets later.
+            self.compute.put(partial(torch.set_num_threads, self._threads))
 
     @property
     def _streams(self) -> tuple[CpuStream, ...]:

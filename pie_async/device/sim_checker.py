@@ -58,9 +58,10 @@ class CheckedPass(msgspec.Struct):
 class KvChecker:
     """Follows tokens, block tables and copies; raises at the first thing that is wrong.
 
-    For every sequence it keeps the hash of each prefix. A block that holds other tokens than
-    the sequence's own prefix is an error whatever its history; a sequence that starts behind
-    position 0 adopts the prefix it finds, if that is one unbroken prefix.
+    For every sequence ever seen it keeps the hash of each prefix, so memory grows with the
+    tokens fed: a tool for tests. A block that holds other tokens than the sequence's own
+    prefix is an error whatever its history; a sequence that starts behind position 0 adopts
+    the prefix it finds, if that is one unbroken prefix.
     """
 
     def __init__(self, plan: MemoryPlan, *, is_order_checked: bool = True) -> None:

@@ -27,9 +27,9 @@ def resolve_model(name: str) -> Path:
     if name == BUILTIN_MODEL:
         return _builtin()
     path = Path(name).expanduser()
-    if path.is_dir():
+    if name and path.is_dir():
         return path
-    if path.exists():
+    if name and path.exists():
         raise ModelError(f"{name} is a file; give the model's directory")
     if name.startswith((".", "/", "~")) or not _HUB_ID.fullmatch(name):
         raise ModelError(f"no model directory at {name!r}")

@@ -8,7 +8,6 @@ from typing import Any, Literal
 
 import msgspec
 
-from pie_async.errors import UnsupportedModel
 from pie_async.model.config_fields import Fields, read_json_object
 from pie_async.model.rope import RopeConfig, read_rope
 
@@ -123,15 +122,14 @@ def read_config(path: Path) -> ModelConfig:
     fields = Fields(values, str(path / "config.json"))
     family = fields.text("model_type")
     if family not in _READERS:
-        raise UnsupportedModel(
-            "model_type",
-            f"model_type {family!r} is not supported; supported: {', '.join(_READERS)}",
+        raise fields.unsupported(
+            "model_type", f"{family!r} is not supported, only {', '.join(_READERS)}"
         )
     architecture, reader = _READERS[family]
     for each in fields.value("architectures") or ():
         if each != architecture:
-            raise UnsupportedModel(
-                "architectures", f"architecture {each!r} is not supported, only {architecture}"
+            raise fields.unsupported(
+                "architectures", f"{each!r} is not supported, only {architecture}"
             )
     config = reader(fields, _eos_ids(path, fields))
     _refuse_unread(fields)
@@ -153,9 +151,7 @@ def _refuse_unread(fields: Fields) -> None:
         # An unknown feature that is switched off is no feature.
         if name in _HARMLESS or value in (None, False, 0, "", [], {}):
             continue
-        raise UnsupportedModel(
-            name, f"config.json: {name} = {value!r} asks for something that is not supported"
-        )
+        raise fields.unsupported(name, f"= {value!r} asks for something that is not supported")
 
 
 def _read_llama(fields: Fields, eos_ids: tuple[int, ...]) -> ModelConfig:
@@ -179,14 +175,14 @@ def _read_mistral(fields: Fields, eos_ids: tuple[int, ...]) -> ModelConfig:
         window = 4096
     windows = _by_layer_types(fields, window) or (window,) * common["num_layers"]
     if len(set(windows)) > 1 or windows[0] != window:
-        raise UnsupportedModel("layer_types", "Mistral with mixed layer_types is not supported")
+        raise fields.unsupported("layer_types", "that contradict sliding_window are not supported")
     return ModelConfig(family="mistral", **common, windows=windows)
 
 
 def _read_qwen2(fields: Fields, eos_ids: tuple[int, ...]) -> ModelConfig:
     common = _read_rope_decoder(fields, eos_ids, kv_heads=32)
     if not fields.flag("attention_bias", True):
-        raise UnsupportedModel("attention_bias", "Qwen2 without qkv bias is not supported")
+        raise fields.unsupported("attention_bias", "false is not supported for Qwen2")
     windows = _qwen_windows(fields, common["num_layers"])
     return ModelConfig(family="qwen2", **common, windows=windows, has_qkv_bias=True)
 
@@ -248,9 +244,7 @@ def _read_sizes(fields: Fields, eos_ids: tuple[int, ...]) -> dict[str, Any]:
     name = "dtype" if fields.value("dtype") else "torch_dtype"
     dtype = fields.text(name, "float32")
     if dtype not in _DTYPES:
-        raise UnsupportedModel(
-            name, f"{name} {dtype!r} is not supported; supported: {', '.join(_DTYPES)}"
-        )
+        raise fields.unsupported(name, f"{dtype!r} is not supported, only {', '.join(_DTYPES)}")
     fields.value("torch_dtype")
     return {
         "num_layers": fields.integer("num_hidden_layers", high=1024),
@@ -316,8 +310,8 @@ def _head_dim(fields: Fields, hidden: int, heads: int) -> int:
 def _activation(fields: Fields, name: str, default: str) -> Activation:
     spelled = fields.text(name, default)
     if spelled not in _ACTIVATIONS:
-        raise UnsupportedModel(
-            name, f"{name} {spelled!r} is not supported; supported: {', '.join(_ACTIVATIONS)}"
+        raise fields.unsupported(
+            name, f"{spelled!r} is not supported, only {', '.join(_ACTIVATIONS)}"
         )
     return _ACTIVATIONS[spelled]
 
@@ -330,7 +324,7 @@ def _window(fields: Fields) -> int | None:
 
 def _refuse_window(fields: Fields) -> None:
     if any(_by_layer_types(fields, 1) or ()):
-        raise UnsupportedModel("layer_types", "Llama with sliding attention is not supported")
+        raise fields.unsupported("layer_types", "with sliding_attention is not supported for Llama")
 
 
 def _qwen_windows(fields: Fields, num_layers: int) -> tuple[int | None, ...]:
@@ -353,7 +347,7 @@ def _by_layer_types(fields: Fields, window: int | None) -> tuple[int | None, ...
         raise fields.fail("layer_types", f"must list {num_layers} layers, not {types!r}")
     for each in types:
         if each not in ("full_attention", "sliding_attention"):
-            raise UnsupportedModel("layer_types", f"layer type {each!r} is not supported")
+            raise fields.unsupported("layer_types", f"with {each!r} is not supported")
         if each == "sliding_attention" and window is None:
             raise fields.fail("layer_types", "has sliding_attention, but no sliding window is set")
     return tuple(window if each == "sliding_attention" else None for each in types)

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pie_async.errors import ModelError
+from pie_async.errors import ModelError, UnsupportedModel
 
 
 class Fields:
@@ -26,6 +26,10 @@ class Fields:
     def fail(self, name: str, problem: str) -> ModelError:
         """The error to raise about a field."""
         return ModelError(f"{self._where}: {name} {problem}")
+
+    def unsupported(self, name: str, problem: str) -> UnsupportedModel:
+        """The error to raise about a field whose value means something not computed here."""
+        return UnsupportedModel(name, f"{self._where}: {name} {problem}")
 
     def has(self, name: str) -> bool:
         """Whether the field is there at all, null or not."""

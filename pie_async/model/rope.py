@@ -14,7 +14,6 @@ import msgspec
 import torch
 from torch import Tensor
 
-from pie_async.errors import UnsupportedModel
 from pie_async.model.config_fields import Fields
 
 RopeKind = Literal["default", "linear", "dynamic", "llama3", "yarn"]
@@ -66,7 +65,7 @@ def read_rope(fields: Fields, *, max_positions: int) -> RopeConfig:
     scaling = Fields({f"{name}.{key}": value for key, value in given.items()}, "config.json")
     rope = _read_scaling(scaling, name, theta, max_positions)
     for key, value in scaling.unread().items():
-        raise UnsupportedModel(key, f"config.json: {key} = {value!r} is not supported with {name}")
+        raise scaling.unsupported(key, f"= {value!r} is not supported")
     return rope
 
 
@@ -75,14 +74,11 @@ def _read_scaling(fields: Fields, name: str, theta: float, max_positions: int) -
     spelled = fields.text(f"{name}.rope_type", spelled)
     kind = _KINDS.get(spelled)
     if kind is None:
-        raise UnsupportedModel(
-            f"{name}.rope_type",
-            f"config.json: RoPE type {spelled!r} is not supported; supported: {', '.join(_KINDS)}",
+        raise fields.unsupported(
+            f"{name}.rope_type", f"{spelled!r} is not supported, only {', '.join(_KINDS)}"
         )
     if fields.number(f"{name}.partial_rotary_factor", 1.0) != 1.0:
-        raise UnsupportedModel(
-            f"{name}.partial_rotary_factor", "config.json: partial rotary embedding is unsupported"
-        )
+        raise fields.unsupported(f"{name}.partial_rotary_factor", "other than 1 is not supported")
     theta = fields.number(f"{name}.rope_theta", theta, low=1.0)
     original = f"{name}.original_max_position_embeddings"
     if kind == "default":
