@@ -27,8 +27,8 @@ prepare() {
     if [[ -x $python && -f $stamp && $(<"$stamp") == "$wanted" ]]; then
         return
     fi
-    say "installing into $venv (minutes the first time)"
     has_installer || make_environment
+    say "installing into $venv (minutes the first time)"
     rm -f -- "$stamp"
     install_torch
     install -c "$constraints" -e ".$(IFS=,; echo "${*:+[$*]}")" || not_installed

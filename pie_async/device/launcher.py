@@ -156,8 +156,8 @@ class Launcher:
         """Once `event` fires, give `future` what `read` then returns."""
 
         def settle(fault: BaseException | None) -> None:
-            if future.cancelled():
-                return
+            if future.done():
+                return  # cancelled, or failed while the rest was issued
             if fault is not None:
                 _fail(future, fault)
             else:

@@ -11,25 +11,23 @@ import asyncio
 import heapq
 import itertools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 from pie_async.device.cost_model import CostModel, Work
 from pie_async.device.happens_before import Clock
 from pie_async.device.protocol import Event, MemoryPlan, Pass, Span
 from pie_async.device.sim_checker import CheckedPass, FedRow, KvChecker, check_rows
 from pie_async.device.sim_memory import STREAMS
+from pie_async.device.sim_sampler import EndOfSequence, SimSampler
 from pie_async.errors import ConfigError, DeviceFault
 from pie_async.messages import (
     BlockMove,
     CopyRun,
-    LaneBinding,
     PromptLogprobs,
     Row,
     RunIteration,
     SampledToken,
 )
 
-_MASK = (1 << 64) - 1
 _EPSILON_S = 1e-9
 
 
@@ -144,36 +142,6 @@ class SimPass:
         self.sampled_at_s = at_s
 
 
-class EndOfSequence(NamedTuple):
-    """How often a sampled token ends its sequence, and with which ids."""
-
-    rate: float = 0.0
-    ids: tuple[int, ...] = ()
-
-
-class _Lane:
-    """What sampling needs of the sequence in a lane."""
-
-    __slots__ = (
-        "binding",
-        "last_token",
-        "may_end_at",
-        "num_logprobs",
-        "salt",
-        "sequence",
-        "stop_ids",
-    )
-
-    def __init__(self, binding: LaneBinding, end: EndOfSequence, device_seed: int) -> None:
-        self.binding = binding
-        self.sequence = binding.sequence
-        self.salt = hash((device_seed, binding.seed))
-        self.stop_ids = frozenset((*binding.stop_ids, *end.ids))
-        self.may_end_at = binding.prompt_len + binding.sampling.min_tokens
-        self.num_logprobs = binding.sampling.logprobs
-        self.last_token: int | None = None
-
-
 class SimDevice:
     """`Device` without a device.
 
@@ -209,18 +177,17 @@ class SimDevice:
         self.cost = cost
         self.checker = KvChecker(memory, is_order_checked=is_order_checked) if checked else None
         self._memory = memory
-        self._seed = seed
-        self._vocab_size = vocab_size or cost.shape.vocab_size
-        self._end = end or EndOfSequence()
-        self._end_threshold = int(self._end.rate * (1 << 24)) if self._end.ids else 0
-        self._wants_prompt_logprobs = False
+        self.sampler = SimSampler(
+            seed=seed,
+            vocab_size=vocab_size or cost.shape.vocab_size,
+            end=end or EndOfSequence(),
+        )
         self._streams = tuple(SimStream(index, self) for index in range(len(STREAMS)))
         self._compute, self._h2d, self._d2h = self._streams
         self._loop: asyncio.AbstractEventLoop | None = None
         self._observed_s = 0.0
         self._announcements: list[tuple[float, int, SimEvent, Callback]] = []
         self._numbers = itertools.count()  # equal times: first come, first announced
-        self._lanes: dict[int, _Lane] = {}
         self._staged: tuple[Sequence[CopyRun], int] = ((), 0)
         self._staging_s = 0.0
         self._staged_copy_s = 0.0
@@ -289,7 +256,6 @@ class SimDevice:
 
     def close(self) -> None:
         """See `Device`."""
-        self._lanes.clear()
         self._loop = None
 
     # --- work -------------------------------------------------------------------------------
@@ -297,16 +263,16 @@ class SimDevice:
     def begin_pass(self, command: RunIteration) -> SimPass:
         """See `Device`."""
         for binding in command.bindings:
-            self._lanes[binding.lane] = _Lane(binding, self._end, self._seed)
-            if binding.sampling.prompt_logprobs is not None:
-                self._wants_prompt_logprobs = True
+            self.sampler.bind(binding)
         forward = SimPass(self, command, work_of(command.rows))
         if self.checker is not None:
             for binding in command.bindings:
                 self.checker.bind(binding)
             for update in command.tables:
                 self.checker.update_table(update)
-            rows = tuple(FedRow(row, row.tokens or self._last_token(row)) for row in command.rows)
+            rows = tuple(
+                FedRow(row, row.tokens or self.sampler.last_token(row)) for row in command.rows
+            )
             check_rows(rows)
             forward.checked = CheckedPass(command.iteration, rows)
         return forward
@@ -335,12 +301,9 @@ class SimDevice:
         assert isinstance(forward, SimPass)
         self._compute.work(forward.head_s)
         rows = forward.command.rows
-        sampled = tuple([self._sample_row(row) for row in rows if row.is_sampled])
-        prompts: tuple[PromptLogprobs, ...] = ()
-        if self._wants_prompt_logprobs:
-            found = (self._prompt_logprobs(row) for row in rows)
-            prompts = tuple(logprobs for logprobs in found if logprobs is not None)
-        forward.set_results(sampled, prompts, self._compute.free_at_s)
+        forward.set_results(
+            self.sampler.sample(rows), self.sampler.prompt_logprobs(rows), self._compute.free_at_s
+        )
 
     def promote(self, moves: Sequence[BlockMove]) -> None:
         """See `Device`."""
@@ -403,56 +366,6 @@ class SimDevice:
         stream.work(self.cost.copy_s(len(moves) * layout.block_bytes, num_runs))
         if self.checker is not None:
             self.checker.move(moves, start_s, stream.free_at_s, is_demotion=stream is self._d2h)
-
-    def _lane(self, row: Row) -> _Lane:
-        lane = self._lanes.get(row.lane)
-        if lane is None or lane.sequence != row.sequence:
-            raise DeviceFault(
-                f"sequence {row.sequence} runs in lane {row.lane}, which is not bound to it"
-            )
-        return lane
-
-    def _last_token(self, row: Row) -> tuple[int]:
-        token = self._lane(row).last_token
-        if token is None:
-            raise DeviceFault(
-                f"sequence {row.sequence} is to be fed the token that lane {row.lane} sampled "
-                "last, but the lane has sampled none for it"
-            )
-        return (token,)
-
-    def _sample_row(self, row: Row) -> SampledToken:
-        lane = self._lanes.get(row.lane)
-        if lane is None or lane.sequence != row.sequence:
-            lane = self._lane(row)
-        position = row.start + (len(row.tokens) or 1)
-        drawn = hash((lane.salt, position)) & _MASK
-        token = drawn % self._vocab_size
-        if position >= lane.may_end_at and drawn >> 40 < self._end_threshold:
-            token = self._end.ids[drawn % len(self._end.ids)]
-        else:
-            while token in lane.stop_ids:
-                token = (token + 1) % self._vocab_size
-        lane.last_token = token
-        if lane.num_logprobs is None:
-            return SampledToken(row.sequence, token)
-        return self._with_logprobs(row, token, lane.num_logprobs)
-
-    def _with_logprobs(self, row: Row, token: int, count: int) -> SampledToken:
-        """A made-up distribution whose likeliest token is the given one."""
-        top = tuple(((token + i) % self._vocab_size, -1.0 - i) for i in range(count))
-        return SampledToken(row.sequence, token, -1.0, 1, top)
-
-    def _prompt_logprobs(self, row: Row) -> PromptLogprobs | None:
-        binding = self._lane(row).binding
-        count = binding.sampling.prompt_logprobs
-        first = max(row.start, 1)
-        tokens = row.tokens[first - row.start : max(0, binding.prompt_len - row.start)]
-        if count is None or not tokens:
-            return None
-        return PromptLogprobs(
-            row.sequence, first, tuple(self._with_logprobs(row, t, count) for t in tokens)
-        )
 
 
 def work_of(rows: Sequence[Row]) -> Work:

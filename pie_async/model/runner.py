@@ -100,7 +100,7 @@ class ModelRunner:
     @torch.inference_mode()
     def run_layers(self, forward: ModelPass, layers: range) -> None:
         """Run these layers: write the fed tokens' KV, attend over the tables' slots."""
-        for layer in layers:
+        for layer in layers if forward.rows else ():
             attention = _BoundAttention(
                 forward.plans[self._decoder.config.windows[layer]], self._kv[layer]
             )
@@ -142,7 +142,7 @@ class ModelRunner:
             lanes += [row.lane] * count
             positions += range(row.start, row.start + count)
             tokens += row.tokens or (-1,)
-        fed = torch.tensor((lanes, positions, tokens), device=self._device)
+        fed = torch.tensor((lanes, positions, tokens), dtype=torch.int64, device=self._device)
         lane, position, token = fed.unbind(0)
         if any(not row.tokens for row in rows):
             token = torch.where(token < 0, self._last_tokens[lane], token)

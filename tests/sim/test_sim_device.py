@@ -23,8 +23,9 @@ from support.device_scripts import (
 from pie_async.device.cost_model import Work
 from pie_async.device.happens_before import UnorderedAccess
 from pie_async.device.launcher import Launcher
-from pie_async.device.sim import EndOfSequence, SimDevice, SimStream
+from pie_async.device.sim import SimDevice, SimStream
 from pie_async.device.sim_memory import CorruptKv
+from pie_async.device.sim_sampler import EndOfSequence, SimSampler
 from pie_async.errors import ConfigError, DeviceFault
 from pie_async.messages import CopyRun, Row, RunIteration, StageIteration, TableUpdate
 from pie_async.runtime.virtual_time import VirtualTimeLoop
@@ -203,29 +204,30 @@ async def test_tokens_depend_on_seed_and_position_only():
     assert await tokens_of(started(seed=1), 3, lane=0) != alone  # another device seed
 
 
-def many_tokens(device: SimDevice, binding, num: int) -> list[int]:
-    """Sampled one after the other, without KV."""
-    device.begin_pass(RunIteration(iteration=0, rows=(), bindings=(binding,)))
-    tokens = []
-    for i in range(num):
-        row = Row(binding.sequence, binding.lane, binding.prompt_len - 1 + i, (1,), True)
-        forward = device.begin_pass(RunIteration(iteration=i, rows=(row,)))
-        device.sample(forward)
-        tokens.append(device._lanes[binding.lane].last_token)
-    return tokens
+def many_tokens(binding, num: int, end: EndOfSequence | None = None) -> list[int]:
+    """Sampled one after the other."""
+    sampler = SimSampler(seed=0, vocab_size=VOCAB, end=end or EndOfSequence())
+    sampler.bind(binding)
+    starts = range(binding.prompt_len - 1, binding.prompt_len - 1 + num)
+    rows = [Row(binding.sequence, binding.lane, start, (1,), True) for start in starts]
+    return [sampled.token for sampled in sampler.sample(rows)]
 
 
-async def test_stop_ids_are_never_sampled_and_all_others_are():
+def test_stop_ids_are_never_sampled_and_all_others_are():
     binding = bind(0, lane=0, prompt_len=4, stop_ids=(7, 8, VOCAB - 1))
-    tokens = many_tokens(started(checked=False), binding, 4000)
+    tokens = many_tokens(binding, 4000)
     assert set(tokens) == set(range(VOCAB)) - {7, 8, VOCAB - 1}
 
 
-async def test_sequences_end_at_the_rate_asked_for_but_not_before_min_tokens():
-    device = started(checked=False, end=EndOfSequence(0.1, (7,)))
+def test_sampling_ends_even_if_every_id_is_a_stop_id():
+    binding = bind(0, lane=0, prompt_len=4, stop_ids=tuple(range(VOCAB)))
+    assert len(many_tokens(binding, 3)) == 3
+
+
+def test_sequences_end_at_the_rate_asked_for_but_not_before_min_tokens():
     sampling = SamplingParams(min_tokens=500, max_tokens=None)
     binding = bind(0, lane=0, prompt_len=4, stop_ids=(7,), sampling=sampling)
-    tokens = many_tokens(device, binding, 4500)
+    tokens = many_tokens(binding, 4500, EndOfSequence(0.1, (7,)))
     assert 7 not in tokens[:500]
     assert tokens[500:].count(7) == pytest.approx(400, rel=0.2)
 

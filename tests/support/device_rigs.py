@@ -10,7 +10,8 @@ import numpy as np
 from pie_async.core.layout import KvLayout
 from pie_async.device.cost_model import CostModel, Link, ModelShape, gpu_named
 from pie_async.device.protocol import Device, MemoryPlan
-from pie_async.device.sim import EndOfSequence, SimDevice
+from pie_async.device.sim import SimDevice
+from pie_async.device.sim_sampler import EndOfSequence
 from pie_async.errors import DeviceFault
 
 LAYOUT = KvLayout(num_layers=5, block_tokens=4, kv_heads=2, head_dim=8, item_bytes=4, ring_depth=2)

@@ -1,0 +1,207 @@
+"""The expansion policy, iteration by iteration, against a link and a decode time it can't see."""
+
+from __future__ import annotations
+
+import itertools
+
+import msgspec
+import pytest
+
+from pie_async.core.headroom import (
+    CAREFUL_FROM,
+    COOLDOWN_ITERATIONS,
+    FIRST_STEP_BLOCKS,
+    KNOWN_STEP,
+    LINK_SHARE,
+    Headroom,
+    decide,
+)
+from pie_async.ids import IterationId
+from pie_async.messages import IterationObserved
+
+BLOCK_BYTES = 2**20
+LINK = 50e9
+DECODE_S = 7e-3
+HIDDEN = int(LINK_SHARE * LINK * DECODE_S / BLOCK_BYTES)  # 317 blocks
+
+
+def fresh(most_blocks: int = 10_000) -> Headroom:
+    return Headroom(block_bytes=BLOCK_BYTES, most_blocks=most_blocks)
+
+
+def seen(**changes) -> IterationObserved:
+    base = IterationObserved(
+        iteration=IterationId(1),
+        compute_s=DECODE_S,
+        stall_s=0.0,
+        staged_bytes=0,
+        staging_busy_s=0.0,
+        decode_rows=8,
+        prefill_tokens=0,
+        streamed_blocks=0,
+        wanted_blocks=0,
+    )
+    return msgspec.structs.replace(base, **changes)
+
+
+def iteration(
+    state: Headroom,
+    *,
+    wanted: int,
+    link: float = LINK,
+    decode_s: float = DECODE_S,
+    prefill_tokens: int = 0,
+    prefill_s: float = 0.0,
+) -> IterationObserved:
+    """An iteration that streams all it may: longer than its work only by what doesn't hide."""
+    streamed = min(state.limit_blocks, wanted)
+    staged = streamed * BLOCK_BYTES
+    compute_s = decode_s + prefill_s
+    return seen(
+        compute_s=compute_s,
+        stall_s=max(0.0, staged / link - compute_s),
+        staged_bytes=staged,
+        staging_busy_s=staged / link,
+        prefill_tokens=prefill_tokens,
+        streamed_blocks=streamed,
+        wanted_blocks=wanted,
+    )
+
+
+def run(state: Headroom, count: int, **conditions) -> list[Headroom]:
+    states = []
+    for _ in range(count):
+        state = decide(state, iteration(state, **conditions))
+        states.append(state)
+    return states
+
+
+def test_it_starts_at_zero_and_stays_there_while_everything_fits():
+    assert fresh().limit_blocks == 0
+    assert {state.limit_blocks for state in run(fresh(), 100, wanted=0)} == {0}
+
+
+def test_it_expands_only_when_somebody_wants_room_and_only_as_far():
+    assert run(fresh(), 1, wanted=500)[0].limit_blocks == FIRST_STEP_BLOCKS
+    for wanted in (20, 60, 200):
+        states = run(fresh(), 200, wanted=wanted)
+        assert wanted <= states[-1].limit_blocks <= max(2 * 2 * wanted, KNOWN_STEP * HIDDEN)
+        assert states[-1].limit_blocks <= HIDDEN
+        assert states[-1] == states[-50], "it still hunts"
+
+
+def test_it_grows_quickly_first_and_carefully_near_the_bound():
+    limits = [state.limit_blocks for state in run(fresh(), 60, wanted=5000)]
+    careful_from = int(CAREFUL_FROM * HIDDEN)
+    quick = [b / a for a, b in itertools.pairwise(limits) if b < careful_from]
+    assert all(ratio >= 2 for ratio in quick)
+    reached = next(i for i, limit in enumerate(limits) if limit >= careful_from)
+    assert reached <= 10
+    careful = [b - a for a, b in itertools.pairwise(limits[reached:])]
+    assert max(careful) <= HIDDEN // 20
+
+
+def test_it_settles_at_what_the_link_hides_behind_a_decode_iteration():
+    states = run(fresh(), 200, wanted=5000)
+    assert states[-1].limit_blocks == pytest.approx(HIDDEN, abs=1)
+    assert all(s.limit_blocks * BLOCK_BYTES / LINK <= DECODE_S for s in states)
+
+
+def test_it_never_allows_more_than_there_are_slots():
+    assert run(fresh(most_blocks=37), 200, wanted=5000)[-1].limit_blocks == 37
+
+
+def test_a_stall_cuts_below_what_was_streamed_and_stops_growth_for_a_while():
+    state = run(fresh(), 100, wanted=5000)[-1]
+    before = state.limit_blocks
+    state = decide(state, iteration(state, wanted=5000, link=LINK / 2))
+    assert state.limit_blocks <= 0.9 * before
+    assert "stall" in state.reason
+    held = run(state, COOLDOWN_ITERATIONS, wanted=5000)
+    assert {s.limit_blocks for s in held} == {state.limit_blocks}
+    assert decide(held[-1], iteration(held[-1], wanted=5000)).cooldown == 0
+
+
+def test_the_same_stall_seen_again_by_iterations_in_flight_does_not_cut_twice():
+    state = run(fresh(), 100, wanted=5000)[-1]
+    stalled = iteration(state, wanted=5000, link=LINK / 2)
+    once = decide(state, stalled)
+    assert decide(once, stalled).limit_blocks == once.limit_blocks
+
+
+def test_a_stall_of_rounding_size_is_no_stall():
+    state = run(fresh(), 100, wanted=5000)[-1]
+    stalled = msgspec.structs.replace(iteration(state, wanted=5000), stall_s=DECODE_S / 1000)
+    assert decide(state, stalled).limit_blocks >= state.limit_blocks
+
+
+def test_a_stall_without_streaming_is_not_its_business():
+    state = run(fresh(), 20, wanted=100)[-1]
+    after = decide(state, seen(stall_s=1.0, wanted_blocks=100))
+    assert after.limit_blocks == state.limit_blocks
+
+
+def test_long_prompts_are_not_taken_for_room():
+    """The trap: an iteration that a prompt made 20 times longer would hide 20 times more."""
+    state = run(fresh(), 100, wanted=50_000)[-1]
+    prefill = {"prefill_tokens": 4096, "prefill_s": 20 * DECODE_S}
+    for _ in range(50):
+        state = decide(state, iteration(state, wanted=50_000, **prefill))
+        assert state.limit_blocks <= HIDDEN
+        state = decide(state, iteration(state, wanted=50_000))
+        assert state.limit_blocks <= HIDDEN
+
+
+def test_stalls_are_not_taken_for_room():
+    """The other half of the trap: longer because it stalled must not mean longer allowed."""
+    state = fresh()
+    limits = []
+    for number in range(400):
+        link = LINK if number % 3 else LINK / 3  # every third iteration finds the link busy
+        state = decide(state, iteration(state, wanted=50_000, link=link))
+        limits.append(state.limit_blocks)
+    assert max(limits) <= HIDDEN
+    assert state.decode_s == pytest.approx(DECODE_S)
+
+
+def test_prompts_alone_teach_nothing_about_decoding():
+    state = decide(fresh(), seen(decode_rows=0, prefill_tokens=512, compute_s=1.0))
+    assert state.decode_s == 0
+    state = decide(state, seen(decode_rows=3, prefill_tokens=512, compute_s=1.0))
+    assert state.decode_s == 0
+
+
+@pytest.mark.parametrize("factor", [0.5, 2.0])
+def test_it_follows_the_links_rate(factor: float):
+    state = run(fresh(), 200, wanted=50_000)[-1]
+    state = run(state, 1000, wanted=50_000, link=LINK * factor)[-1]
+    assert state.link_bytes_per_s == pytest.approx(LINK * factor, rel=0.01)
+    assert state.limit_blocks == pytest.approx(HIDDEN * factor, rel=0.12)
+
+
+def test_it_shrinks_when_decoding_gets_faster():
+    """Fewer rows in the batch hide less."""
+    state = run(fresh(), 200, wanted=50_000)[-1]
+    states = run(state, 300, wanted=50_000, decode_s=DECODE_S / 2)
+    assert states[-1].limit_blocks == pytest.approx(HIDDEN / 2, rel=0.12)
+
+
+def test_it_returns_to_zero_when_everything_fits_again():
+    state = run(fresh(), 100, wanted=500)[-1]
+    assert state.limit_blocks > 0
+    states = run(state, 2, wanted=0)
+    assert states[-1].limit_blocks == 0
+    assert "fits" in states[-1].reason
+
+
+def test_it_says_why_at_every_change():
+    state, changes = fresh(), []
+    for number in range(120):
+        link = LINK / 2 if number == 60 else LINK
+        after = decide(state, iteration(state, wanted=500 if number < 90 else 0, link=link))
+        if after.limit_blocks != state.limit_blocks:
+            changes.append(after.reason)
+        state = after
+    assert len(changes) > 5
+    assert all(changes)
+    assert any("stalled" in reason for reason in changes)
