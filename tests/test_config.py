@@ -1,0 +1,86 @@
+"""Options that cannot work are refused by name; sizes are read as people write them."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from pie_async.config import GIB, KIB, MIB, EngineConfig, format_size, parse_size
+from pie_async.errors import ConfigError
+
+
+def test_the_defaults_are_valid_and_frozen():
+    config = EngineConfig()
+    with pytest.raises(AttributeError):
+        config.seed = 3
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("device_kv_bytes", 0),
+        ("host_pool_bytes", -1),
+        ("block_tokens", 0),
+        ("max_running_sequences", 0),
+        ("token_budget", 0),
+        ("layer_group", 0),
+        ("ring_depth", 1),
+        ("max_queued_requests", 0),
+        ("max_model_len", 0),
+        ("cpu_threads", 0),
+        ("streamed_blocks", -1),
+        ("iterations_in_flight", 0),
+        ("iterations_in_flight", 3),
+        ("link_bytes_per_s", 0.0),
+        ("link_bytes_per_s", -1.0),
+        ("link_bytes_per_s", math.nan),
+    ],
+)
+def test_an_impossible_value_is_refused_and_names_its_option(option: str, value: float):
+    with pytest.raises(ConfigError, match=option) as refused:
+        EngineConfig(**{option: value})
+    assert refused.value.option == option
+
+
+@pytest.mark.parametrize("option", ["host_pool_bytes", "streamed_blocks"])
+def test_zero_switches_pooling_off(option: str):
+    assert getattr(EngineConfig(**{option: 0}), option) == 0
+
+
+def test_an_unknown_option_is_refused():
+    with pytest.raises(TypeError):
+        EngineConfig(devise="cpu")
+
+
+@pytest.mark.parametrize(
+    ("text", "num_bytes"),
+    [
+        ("0", 0),
+        ("1024", 1024),
+        ("64MiB", 64 * MIB),
+        ("1.5 GiB", 3 * GIB // 2),
+        ("500MB", 500_000_000),
+        ("2k", 2000),
+        (" 3 Ki ", 3 * KIB),
+        ("1gib", GIB),
+        ("7B", 7),
+    ],
+)
+def test_sizes_are_read(text: str, num_bytes: int):
+    assert parse_size(text, option="device_kv") == num_bytes
+
+
+@pytest.mark.parametrize("text", ["", "MiB", "-1GiB", "1 XiB", "1e9", "1.GiB", "many"])
+def test_what_is_no_size_is_refused_and_names_the_option(text: str):
+    with pytest.raises(ConfigError, match=r"device_kv is not a size.*64MiB") as refused:
+        parse_size(text, option="device_kv")
+    assert refused.value.option == "device_kv"
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "text"),
+    [(0, "0 B"), (1023, "1023 B"), (1536, "1.5 KiB"), (64 * MIB, "64.0 MiB"), (3 * GIB, "3.0 GiB")],
+)
+def test_sizes_are_written_for_people(num_bytes: int, text: str):
+    assert format_size(num_bytes) == text
