@@ -248,8 +248,11 @@ class RequestStream:
 
     def push_prompt(self, entry: PromptLogprobs) -> None:
         """Take in logprobs of prompt tokens; those of the first sequence stand for all."""
-        if entry.sequence == self.sequences[0] and entry.first == len(self._prompt_logprobs):
-            self._prompt_logprobs += [logprobs_of(t, self._token_text) for t in entry.tokens]
+        known = len(self._prompt_logprobs) - entry.first
+        if entry.sequence == self.sequences[0] and known >= 0:
+            # A prompt computed again after a preemption may be cut into other chunks.
+            new = entry.tokens[known:]
+            self._prompt_logprobs += [logprobs_of(token, self._token_text) for token in new]
 
     def fail(self, error: PieError) -> None:
         """End the stream with an error, unless all its outputs are complete."""

@@ -8,7 +8,7 @@ import msgspec
 class KvLayout(msgspec.Struct, frozen=True, kw_only=True):
     """How one model's KV is cut into blocks and layers.
 
-    One layer of one block is a contiguous [2, block_tokens, kv_heads, head_dim]: keys, then
+    One layer of one block is a contiguous [2, kv_heads, block_tokens, head_dim]: keys, then
     values. A block has the same slot number in every layer.
     """
 

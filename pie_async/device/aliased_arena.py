@@ -39,7 +39,7 @@ class AliasedArena:
     """Address ranges for all layers, each viewed as a tensor.
 
     Attributes:
-        layers: per layer, [slots, 2, block_tokens, kv_heads, head_dim]; zero at first.
+        layers: per layer, [slots, 2, kv_heads, block_tokens, head_dim]; zero at first.
         first_staging_slot: where the staging part begins: at or above the number of resident
             slots asked for, because mappings begin at page borders.
         slots: slots per layer, staging ones included.
@@ -70,7 +70,7 @@ class AliasedArena:
                 _map(start + resident_bytes, ring_bytes, file, ring)
         finally:
             os.close(file)
-        shape = (self.slots, 2, layout.block_tokens, layout.kv_heads, layout.head_dim)
+        shape = (self.slots, 2, layout.kv_heads, layout.block_tokens, layout.head_dim)
         self.layers = [
             self._mapping.view(layer * layer_bytes, self.slots * slot_bytes, dtype).view(shape)
             for layer in range(layout.num_layers)

@@ -23,16 +23,15 @@ from torch.nn import functional
 class PagedKv:
     """One layer's KV and the ways to look at it.
 
-    Within a block, numbers lie as [2, kv_heads, block_tokens, head_dim]: a head's tokens side by
-    side, so that gathering blocks gives each head one contiguous matrix. Whoever copies whole
-    blocks need not know.
+    A head's tokens lie side by side, so that gathering blocks gives each head one contiguous
+    matrix.
 
     Args:
-        kv: [slots, 2, block_tokens, kv_heads, head_dim], contiguous.
+        kv: [slots, 2, kv_heads, block_tokens, head_dim], contiguous.
     """
 
     def __init__(self, kv: Tensor) -> None:
-        slots, _, self.block_tokens, self.kv_heads, self.head_dim = kv.shape
+        slots, _, self.kv_heads, self.block_tokens, self.head_dim = kv.shape
         self.blocks = kv.view(slots, -1)
         self.heads = kv.view(slots * 2 * self.kv_heads, -1)
         """Row (2 s + half) kv_heads + h: keys (half 0) or values (1) of head h in slot s."""

@@ -45,7 +45,7 @@ class ModelRunner:
 
     Args:
         decoder: the model, its parameters filled.
-        kv: per layer, [slots, 2, block_tokens, kv_heads, head_dim], contiguous, the decoder's
+        kv: per layer, [slots, 2, kv_heads, block_tokens, head_dim], contiguous, the decoder's
             dtype. What a slot holds before a row writes to it does not matter.
         lanes: rows of the persistent tables.
         max_blocks: longest block table.
@@ -62,7 +62,7 @@ class ModelRunner:
         block_tokens: int,
     ) -> None:
         assert len(kv) == decoder.config.num_layers
-        assert kv[0].shape[2] == block_tokens
+        assert kv[0].shape[3] == block_tokens
         device = decoder.device
         self._decoder = decoder
         self._device = device

@@ -99,9 +99,7 @@ def test_later_update_of_a_table_entry_wins(peer):
 
 def reference(kv, slots, span, queries, window):
     """Dense attention of one row, token by token, over its own positions."""
-    size = kv.shape[2]
-    by_head = kv.view(kv.shape[0], 2, kv.shape[3], size, kv.shape[4])
-    keys, values = torch.cat([by_head[slot] for slot in slots], dim=2).repeat_interleave(2, 1)
+    keys, values = torch.cat([kv[slot] for slot in slots], dim=2).repeat_interleave(2, 1)
     rows = []
     for i, query in enumerate(queries):
         position = span.start + i
@@ -117,7 +115,7 @@ def test_mixed_iteration_equals_dense_attention(window, dtype):
     """Decode rows of very different lengths (split into batches), prompts and later chunks."""
     size, heads, dim = 16, 2, 32
     torch.manual_seed(0)
-    kv = torch.full((512, 2, size, heads, dim), float("nan"), dtype=dtype)
+    kv = torch.full((512, 2, heads, size, dim), float("nan"), dtype=dtype)
     contexts = [(2000, 1), (3, 1), (0, 1), (1023, 1), (15, 1), (16, 1), (500, 1)]
     spans = [
         Span(lane, start, count)
@@ -128,9 +126,9 @@ def test_mixed_iteration_equals_dense_attention(window, dtype):
     for span in spans:
         own = [slots.pop() for _ in range(-(-span.end // size))]
         tables[span.lane, : len(own)] = torch.tensor(own)
-        kv[own] = torch.randn(len(own), 2, size, heads, dim).to(dtype)
+        kv[own] = torch.randn(len(own), 2, heads, size, dim).to(dtype)
         kv[own[span.start // size :]] = float("nan")
-        written = kv[own[span.start // size]].view(2, heads, size, dim)
+        written = kv[own[span.start // size]]
         written[:, :, : span.start % size] = torch.randn(2, heads, span.start % size, dim)
         if span.start % size:
             written[:, :, span.start % size :] = 0.0

@@ -448,6 +448,7 @@ async def test_draining_an_engine_that_fails_says_so():
     await engine.aclose()
 
 
+@pytest.mark.xfail(strict=True, reason="aclose(drain_s=...) raises what drain() raises")
 async def test_closing_gracefully_an_engine_that_fails_meanwhile_still_closes_it():
     engine = small()
     await engine.start()
@@ -457,6 +458,34 @@ async def test_closing_gracefully_an_engine_that_fails_meanwhile_still_closes_it
     device = engine._parts.device
     device.fail(device.compute, DeviceFault("gone"))
     await closing
+    assert not engine.is_running
+
+
+@pytest.mark.xfail(strict=True, reason="drain() lets MailboxClosed through")
+async def test_draining_an_engine_that_has_failed_says_so():
+    engine = small()
+    await engine.start()
+    reading = asyncio.create_task(tokens_of(await engine.submit(prompt(5), asks(500))))
+    await asyncio.sleep(0.001)
+    device = engine._parts.device
+    device.fail(device.compute, DeviceFault("gone"))
+    with pytest.raises(EngineStopped):
+        await reading
+    with pytest.raises(EngineStopped, match="gone"):
+        await engine.drain()
+    await engine.aclose()
+
+
+async def test_a_cancelled_close_is_cancelled_and_the_engine_can_still_be_closed():
+    engine = small()
+    await engine.start()
+    await engine.submit(prompt(5), asks(1000))
+    closing = asyncio.create_task(engine.aclose(drain_s=1000.0))
+    await asyncio.sleep(0.001)
+    closing.cancel()
+    await asyncio.wait([closing])
+    assert closing.cancelled()
+    await engine.aclose()
     assert not engine.is_running
 
 

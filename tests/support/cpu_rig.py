@@ -26,7 +26,7 @@ def cpu_rig(directory: Path) -> Rig:
     )
     device.load(
         ModelRunner(
-            _random_decoder(directory),
+            random_decoder(directory),
             device.arena.layers,
             lanes=4,
             max_blocks=16,
@@ -43,7 +43,8 @@ def cpu_rig(directory: Path) -> Rig:
     return Rig(device, contents, lambda: device.compute.put(raise_fault))
 
 
-def _random_decoder(directory: Path) -> Decoder:
+def random_decoder(directory: Path) -> Decoder:
+    """A tiny Llama of the simulated shape; the same weights every time."""
     config = {
         "model_type": "llama",
         "hidden_size": SHAPE.hidden_size,

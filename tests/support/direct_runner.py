@@ -55,7 +55,7 @@ class DirectRunner:
         poison: bool = True,
     ) -> None:
         config = decoder.config
-        shape = (slots, 2, block_tokens, config.kv_heads, config.head_dim)
+        shape = (slots, 2, config.kv_heads, block_tokens, config.head_dim)
         fill = float("nan") if poison else 0.0
         self.kv = [torch.full(shape, fill, dtype=decoder.dtype) for _ in range(config.num_layers)]
         self.runner = ModelRunner(
