@@ -79,15 +79,7 @@ def _assemble_cpu(config: EngineConfig, progress: Progress | None) -> Parts:
     tokenizer = ModelTokenizer.from_directory(path)
     dtype_name = "float32" if config.dtype == "auto" else config.dtype
     dtype: torch.dtype = getattr(torch, dtype_name)
-    layout = KvLayout(
-        num_layers=model_config.num_layers,
-        block_tokens=config.block_tokens,
-        kv_heads=model_config.kv_heads,
-        head_dim=model_config.head_dim,
-        item_bytes=dtype.itemsize,
-        layer_group=min(config.layer_group, model_config.num_layers),
-        ring_depth=config.ring_depth,
-    )
+    layout = _layout(config, model_config, dtype.itemsize)
     device_slots, host_slots = count_slots(config, layout)
     max_model_len = longest_sequence(config, layout, model_config.max_positions)
     decoder = load_model(path, model_config, dtype, torch.device("cpu"), progress=progress)
@@ -120,6 +112,29 @@ def _assemble_cpu(config: EngineConfig, progress: Progress | None) -> Parts:
     )
     eos_ids = frozenset(model_config.eos_ids) | frozenset(tokenizer.eos_ids)
     return Parts(device=device, tokenizer=tokenizer, model=info, eos_ids=eos_ids)
+
+
+class _KvShape(Protocol):
+    """The part of a model's sizes on which its KV depends."""
+
+    @property
+    def num_layers(self) -> int: ...
+    @property
+    def kv_heads(self) -> int: ...
+    @property
+    def head_dim(self) -> int: ...
+
+
+def _layout(config: EngineConfig, shape: _KvShape, item_bytes: int) -> KvLayout:
+    return KvLayout(
+        num_layers=shape.num_layers,
+        block_tokens=config.block_tokens,
+        kv_heads=shape.kv_heads,
+        head_dim=shape.head_dim,
+        item_bytes=item_bytes,
+        layer_group=min(config.layer_group, shape.num_layers),
+        ring_depth=config.ring_depth,
+    )
 
 
 def default_threads() -> int:
@@ -196,15 +211,7 @@ def _assemble_sim(config: EngineConfig) -> Parts:
 
     name = SIM_MODEL if config.model == BUILTIN_MODEL else config.model
     shape = shape_named(name)
-    layout = KvLayout(
-        num_layers=shape.num_layers,
-        block_tokens=config.block_tokens,
-        kv_heads=shape.kv_heads,
-        head_dim=shape.head_dim,
-        item_bytes=shape.kv_item_bytes,
-        layer_group=min(config.layer_group, shape.num_layers),
-        ring_depth=config.ring_depth,
-    )
+    layout = _layout(config, shape, shape.kv_item_bytes)
     device_slots, host_slots = count_slots(config, layout)
     memory = MemoryPlan(
         layout=layout,

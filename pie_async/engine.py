@@ -5,26 +5,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any, Self
 
 import msgspec
 
-from pie_async.actors.compute import ComputeActor
-from pie_async.actors.delivery import DeliveryActor
-from pie_async.actors.expansion_governor import ExpansionGovernorActor
-from pie_async.actors.scheduler import Neighbours, SchedulerActor
-from pie_async.actors.swap_in import SwapInActor
-from pie_async.actors.swap_out import SwapOutActor
-from pie_async.assembly import ChatMessage, Parts, Progress, Tokenizer, assemble
+from pie_async.assembly import Parts, Progress, Tokenizer, assemble
 from pie_async.config import EngineConfig
-from pie_async.core.headroom import Headroom
-from pie_async.core.residency import ResidencyMap
-from pie_async.core.schedule import Schedule
-from pie_async.device.launcher import Launcher
 from pie_async.errors import (
-    ContextTooLong,
     EngineStopped,
     InvalidRequest,
     MailboxClosed,
@@ -32,23 +21,16 @@ from pie_async.errors import (
     PieError,
 )
 from pie_async.ids import RequestId, SequenceId
+from pie_async.intake import Intake, Prompt
 from pie_async.messages import Cancel, Drain, Submit
 from pie_async.metrics import EngineStats
 from pie_async.model_info import ModelInfo
 from pie_async.outputs import RequestOutput
 from pie_async.request_stream import RequestStream, SequenceOutput
-from pie_async.runtime.actor import Actor
-from pie_async.runtime.supervisor import Supervisor
 from pie_async.sampling_params import SamplingParams
 from pie_async.story import Story
+from pie_async.wiring import Actors
 
-Prompt = str | Sequence[int] | Sequence[ChatMessage]
-"""A text, token ids, or a conversation of {"role": ..., "content": ...} messages."""
-
-INLINE_CHARS = 2048
-"""Longer prompts are tokenised in a thread, so that the loop never waits for them."""
-MOST_CHARS_PER_TOKEN = 16
-"""A prompt longer than this times the context cannot fit and is not even tokenised."""
 CLOSE_S = 30.0
 """How long closing waits for what was issued before it gives up on the device."""
 
@@ -73,7 +55,7 @@ class Engine:
             config = msgspec.structs.replace(config, **options)
         self.config = config
         self._parts: Parts | None = None
-        self._actors: _Actors | None = None
+        self._actors: Actors | None = None
         self._watch: asyncio.Task[None] | None = None
         self._streams: dict[str, RequestStream] = {}
         self._is_draining = False
@@ -104,7 +86,7 @@ class Engine:
         parts = await asyncio.to_thread(assemble, self.config, progress=progress)
         parts.device.start(loop)
         self.story = Story(loop.time)
-        self._actors = _Actors(parts, self.config, self.story, on_finished=self._forget)
+        self._actors = Actors(parts, self.config, self.story, on_finished=self._forget)
         self._parts = parts
         self._started_s = loop.time()
         self._watch = asyncio.create_task(self._supervise(parts), name="pie-supervisor")
@@ -201,7 +183,7 @@ class Engine:
         self._check_accepting()
         tokens = tuple(await self.tokenize(prompt))
         self._check_accepting()  # tokenising took a while
-        max_tokens = self._check_request(tokens, params)
+        max_tokens = self._intake().check(tokens, params)
         number = self._numbers.request()
         name = request_id if request_id is not None else f"request-{number}"
         if name in self._streams:
@@ -241,57 +223,7 @@ class Engine:
         Raises:
             InvalidRequest, ContextTooLong: it is not a prompt, or could never fit.
         """
-        tokenizer = self.tokenizer
-        if isinstance(prompt, str):
-            return await self._encode(len(prompt), tokenizer.encode, prompt)
-        if not prompt:
-            raise InvalidRequest("the prompt is empty", param="prompt")
-        messages = [part for part in prompt if isinstance(part, Mapping)]
-        if not messages:
-            return [part for part in prompt if not isinstance(part, Mapping)]
-        if len(messages) < len(prompt):
-            raise InvalidRequest("a prompt is all messages or all token ids", param="prompt")
-        num_chars = sum(len(str(message.get("content", ""))) for message in messages)
-        return await self._encode(num_chars, tokenizer.encode_chat, messages)
-
-    async def _encode(self, num_chars: int, encode: Any, prompt: Any) -> list[int]:
-        most_chars = self.model.max_model_len * MOST_CHARS_PER_TOKEN
-        if num_chars > most_chars:
-            raise ContextTooLong(
-                f"the prompt has {num_chars} characters; a context of "
-                f"{self.model.max_model_len} tokens cannot hold more than {most_chars}",
-                param="prompt",
-            )
-        if num_chars <= INLINE_CHARS:
-            return list(encode(prompt))
-        return list(await asyncio.to_thread(encode, prompt))
-
-    def _check_request(self, tokens: Sequence[int], params: SamplingParams) -> int:
-        """Refuse what could not run; the most output tokens this request may have."""
-        vocab_size, longest = self.model.vocab_size, self.model.max_model_len
-        if not tokens:
-            raise InvalidRequest("the prompt is empty", param="prompt")
-        for token in tokens:
-            if not (isinstance(token, int) and 0 <= token < vocab_size):
-                raise InvalidRequest(
-                    f"prompt has token id {token!r}; valid ids are 0 to {vocab_size - 1}",
-                    param="prompt",
-                )
-        params.check_vocabulary(vocab_size)
-        room = longest - len(tokens)
-        if room < 1:
-            raise ContextTooLong(
-                f"the prompt has {len(tokens)} tokens; this model and memory hold {longest} "
-                "with at least one of output",
-                param="prompt",
-            )
-        if params.max_tokens is not None and params.max_tokens > room:
-            raise ContextTooLong(
-                f"{len(tokens)} prompt tokens and max_tokens {params.max_tokens} exceed the "
-                f"context of {longest} tokens; lower max_tokens to {room} or shorten the prompt",
-                param="max_tokens",
-            )
-        return min(room, params.max_tokens) if params.max_tokens is not None else room
+        return await self._intake().tokenize(prompt)
 
     def _open_stream(
         self, name: str, prompt: Prompt, tokens: tuple[int, ...], params: SamplingParams
@@ -369,12 +301,15 @@ class Engine:
                 retry_after_s=1.0,
             )
 
+    def _intake(self) -> Intake:
+        return Intake(self.tokenizer, self.model)
+
     def _loaded(self) -> Parts:
         if self._parts is None:
             raise EngineStopped("the engine has not started; use `async with` or `start()`")
         return self._parts
 
-    def _running_actors(self) -> _Actors:
+    def _running_actors(self) -> Actors:
         if self._actors is None:
             raise EngineStopped("the engine has not started; use `async with` or `start()`")
         return self._actors
@@ -394,62 +329,3 @@ class _Numbers:
     def sequence(self) -> SequenceId:
         self._sequences += 1
         return SequenceId(self._sequences)
-
-
-class _Actors:
-    """One engine's actors, wired."""
-
-    def __init__(
-        self,
-        parts: Parts,
-        config: EngineConfig,
-        story: Story,
-        *,
-        on_finished: Callable[[RequestStream], None],
-    ) -> None:
-        observer = story.note
-        memory = parts.device.memory
-        most_streamed = min(memory.staging_slots, memory.host_slots)
-        schedule = Schedule(
-            residency=ResidencyMap(
-                device_slots=memory.device_slots,
-                host_slots=memory.host_slots,
-                staging_slots=memory.staging_slots,
-                first_staging_slot=memory.first_staging_slot,
-            ),
-            block_tokens=config.block_tokens,
-            token_budget=config.token_budget,
-            max_running=config.max_running_sequences,
-            eos_ids=parts.eos_ids,
-            streamed_limit=min(config.streamed_blocks or 0, most_streamed),
-        )
-        self.scheduler = SchedulerActor(
-            schedule,
-            iterations_in_flight=config.iterations_in_flight,
-            # Every queued request may be cancelled at once, and cancelling never waits.
-            mailbox_capacity=2 * config.max_queued_requests + 256,
-            checks_invariants=config.debug,
-            observer=observer,
-        )
-        to_scheduler = self.scheduler.mailbox
-        launcher = Launcher(parts.device, asyncio.get_running_loop())
-        self.delivery = DeliveryActor(to_scheduler, on_finished=on_finished, observer=observer)
-        compute = ComputeActor(launcher, to_scheduler, observer=observer)
-        swap_in = SwapInActor(launcher, to_scheduler, observer=observer)
-        swap_out = SwapOutActor(launcher, to_scheduler, observer=observer)
-        actors: list[Actor[Any]] = [self.delivery, self.scheduler, compute, swap_in, swap_out]
-        governor = None
-        if config.streamed_blocks is None and most_streamed:
-            headroom = Headroom(block_bytes=memory.layout.block_bytes, most_blocks=most_streamed)
-            governor = ExpansionGovernorActor(headroom, to_scheduler, observer=observer)
-            actors.append(governor)
-        self.scheduler.connect(
-            Neighbours(
-                compute=compute.mailbox,
-                swap_in=swap_in.mailbox,
-                swap_out=swap_out.mailbox,
-                delivery=self.delivery.mailbox,
-                governor=governor.mailbox if governor else None,
-            )
-        )
-        self.supervisor = Supervisor(actors, parts.device)

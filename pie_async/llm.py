@@ -14,8 +14,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from pie_async.assembly import ChatMessage
 from pie_async.config import EngineConfig
-from pie_async.engine import Engine, Prompt
+from pie_async.engine import Engine
 from pie_async.errors import InvalidRequest
+from pie_async.intake import Prompt
 from pie_async.metrics import EngineStats
 from pie_async.model_info import ModelInfo
 from pie_async.outputs import RequestOutput

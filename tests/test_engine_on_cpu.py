@@ -15,9 +15,17 @@ import uvloop
 from pie_async import LLM, Engine, SamplingParams
 from pie_async.device.cpu import CpuDevice, CpuStream
 from pie_async.device.launcher import Launcher
+from pie_async.device.protocol import PassResult
 from pie_async.errors import DeviceFault, EngineStopped
-from pie_async.messages import BlockMove, CopyRun, LaneBinding, Row, RunIteration, StageIteration
-from pie_async.messages import TableUpdate
+from pie_async.messages import (
+    BlockMove,
+    CopyRun,
+    LaneBinding,
+    Row,
+    RunIteration,
+    StageIteration,
+    TableUpdate,
+)
 from pie_async.model.runner import ModelRunner
 from tests.support.cpu_rig import random_decoder
 from tests.support.device_rigs import LAYOUT
@@ -76,7 +84,7 @@ def roomy() -> list[tuple[int, ...]]:
 def test_with_a_quarter_of_the_memory_the_tokens_are_the_same(roomy, how: dict):
     need = sum(math.ceil((len(p) + GREEDY.max_tokens) / 16) for p in PROMPTS)
     without_pool = how.get("host_blocks") == 0
-    longest = 9  # blocks of one sequence and its spares: less could never run it
+    longest = 11  # blocks of one sequence and its spares: less could never run it
     tokens, stats = generate(device_blocks=longest if without_pool else need // 4, **how)
     assert tokens == roomy
     if how.get("streamed_blocks"):
@@ -174,7 +182,6 @@ class Lockstep:
             )
         )
         tables, runs = await self._pool(launcher, slots) if self._is_pooled else ((), ())
-        tokens = []
         flying = []
         for number in range(1, iterations + 1):
             rows = tuple(Row(n, n, self.LENGTHS[n] + number - 1, (), True) for n in lanes)
@@ -188,12 +195,11 @@ class Lockstep:
             if self._is_pooled:
                 flying.append(launcher.stage(StageIteration(iteration=number, runs=runs)))
             tables = ()
-        for result in [await one for one in flying]:
-            if hasattr(result, "sampled"):
-                tokens.append([token.token for token in result.sampled])
+        ended = [await one for one in flying]
         await self.device.drain()
         self.device.close()
-        return tokens
+        passes = [result for result in ended if isinstance(result, PassResult)]
+        return [[token.token for token in result.sampled] for result in passes]
 
     async def _pool(self, launcher: Launcher, slots: list[list[int]]):
         """Demote the oldest blocks of each lane, and ruin what they leave behind."""

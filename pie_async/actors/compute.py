@@ -24,12 +24,25 @@ class ComputeActor(Actor[ComputeMail]):
         super().__init__("compute", capacity=8, observer=observer)
         self._queue = queue
         self._scheduler = scheduler
+        self._announced = asyncio.Event()  # the iteration issued last
+        self._announced.set()
 
     def handle(self, mail: ComputeMail) -> None:
-        self.follow_up("announce", self._announce(mail.iteration, self._queue.run(mail)))
+        before, self._announced = self._announced, asyncio.Event()
+        ran = self._queue.run(mail)
+        self.follow_up("announce", self._announce(mail.iteration, ran, before, self._announced))
 
-    async def _announce(self, iteration: IterationId, ran: asyncio.Future[PassResult]) -> None:
+    async def _announce(
+        self,
+        iteration: IterationId,
+        ran: asyncio.Future[PassResult],
+        before: asyncio.Event,
+        announced: asyncio.Event,
+    ) -> None:
         result = await asyncio.shield(ran)
+        # Iterations end in order but the waits for them may not: on a busy loop this one can
+        # be over before its wait began.
+        await before.wait()
         self._scheduler.post(
             IterationRan(
                 iteration=iteration,
@@ -39,3 +52,4 @@ class ComputeActor(Actor[ComputeMail]):
                 stall_s=result.stall_s,
             )
         )
+        announced.set()

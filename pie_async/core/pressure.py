@@ -82,8 +82,7 @@ def _growth_blocks(schedule: Schedule) -> int:
     """Device slots that running sequences will start to write in the next iterations."""
     size = schedule.block_tokens
     return sum(
-        seq.num_launched + LOOKAHEAD_ITERATIONS > len(seq.table) * size
-        for seq in schedule.running
+        seq.num_launched + LOOKAHEAD_ITERATIONS > len(seq.table) * size for seq in schedule.running
     )
 
 

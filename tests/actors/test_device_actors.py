@@ -130,3 +130,26 @@ async def test_cancelling_the_actor_cancels_its_wait_and_not_the_device_work(
     assert not queues.futures[0].cancelled()
     queues.futures[0].set_result(result)
     assert scheduler.drain() == []
+
+
+async def test_iterations_are_reported_in_order_also_when_they_end_together(scheduler):
+    """On a busy loop two iterations may be over before the second one's wait has begun; a wait
+    for what is already over ends first."""
+    result = PassResult(sampled=(), prompt_logprobs=(), compute_s=0.25, stall_s=0.0)
+
+    class Sudden(Queues):
+        def run(self, command: RunIteration) -> asyncio.Future[PassResult]:
+            future = super().run(command)
+            if command.iteration == 9:
+                for one in self.futures:
+                    one.set_result(result)
+            return future
+
+    actor = ComputeActor(Sudden(), scheduler)
+    running = asyncio.create_task(actor.run())
+    actor.mailbox.post(RunIteration(iteration=8, rows=()))
+    await turns()
+    actor.mailbox.post(RunIteration(iteration=9, rows=()))
+    actor.mailbox.close()
+    await running
+    assert [fact.iteration for fact in scheduler.drain()] == [8, 9]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import Callable
 
 import pytest
@@ -118,7 +119,7 @@ async def test_a_long_queue_does_not_keep_the_loop_from_others():
     while not running.done():
         await asyncio.sleep(0)
         seen.append(len(actor.handled))
-    steps = [later - earlier for earlier, later in zip(seen, seen[1:], strict=False)]
+    steps = [later - earlier for earlier, later in itertools.pairwise(seen)]
     assert max(steps) <= MAIL_PER_TURN
 
 

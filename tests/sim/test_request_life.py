@@ -242,13 +242,14 @@ async def test_leaving_the_loop_early_cancels_the_request():
     assert stats.output_tokens < 20
 
 
-async def test_cancelling_the_readers_task_cancels_the_request():
-    async def read() -> None:
-        async for _ in engine.generate(prompt(10), asks(1000)):
-            pass
+async def read_all(engine: Engine) -> None:
+    async for _ in engine.generate(prompt(10), asks(1000)):
+        pass
 
+
+async def test_cancelling_the_readers_task_cancels_the_request():
     async with small() as engine:
-        reader = asyncio.create_task(read())
+        reader = asyncio.create_task(read_all(engine))
         await asyncio.sleep(0.001)
         reader.cancel()
         await asyncio.wait([reader])
@@ -260,9 +261,7 @@ async def test_cancelling_the_readers_task_cancels_the_request():
 async def test_a_timeout_around_the_loop_cancels_the_request():
     async with small() as engine:
         with pytest.raises(TimeoutError):
-            async with asyncio.timeout(0.001):
-                async for _ in engine.generate(prompt(10), asks(1000)):
-                    pass
+            await asyncio.wait_for(read_all(engine), timeout=0.001)
         await engine.drain()
         assert engine.stats().sequences_cancelled == 1
 

@@ -67,15 +67,16 @@ class Scenario:
         return cls(seed, device_blocks, host_blocks, options, loads)
 
 
-def _load(
-    dice: random.Random, longest: int, families: list[tuple[int, ...]], number: int
-) -> Load:
+def _load(dice: random.Random, longest: int, families: list[tuple[int, ...]], number: int) -> Load:
     prompt_len = dice.randrange(1, max(2, min(longest - 1, dice.choice([20, 200, 600]))))
     room = longest - prompt_len
     max_tokens = dice.randrange(1, min(room, dice.choice([5, 60, 200])) + 1)
     prompt = dice.choice(families)[:prompt_len]
     if dice.random() < 0.5:  # begins like others, ends differently
-        prompt = (*prompt[: prompt_len // 2], *(dice.randrange(1000) for _ in prompt[prompt_len // 2 :]))
+        prompt = (
+            *prompt[: prompt_len // 2],
+            *(dice.randrange(1000) for _ in prompt[prompt_len // 2 :]),
+        )
     return Load(
         at_s=dice.random() * dice.choice([0.0, 0.01, 0.1]),
         prompt=prompt,

@@ -1,0 +1,94 @@
+"""The door: what a prompt becomes, and whether a request can run at all."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
+
+import msgspec
+
+from pie_async.assembly import ChatMessage, Tokenizer
+from pie_async.errors import ContextTooLong, InvalidRequest
+from pie_async.model_info import ModelInfo
+from pie_async.sampling_params import SamplingParams
+
+Prompt = str | Sequence[int] | Sequence[ChatMessage]
+"""A text, token ids, or a conversation of {"role": ..., "content": ...} messages."""
+
+INLINE_CHARS = 2048
+"""Longer prompts are tokenised in a thread, so that the loop never waits for them."""
+MOST_CHARS_PER_TOKEN = 16
+"""A prompt longer than this times the context cannot fit and is not even tokenised."""
+
+P = TypeVar("P")
+
+
+class Intake(msgspec.Struct, frozen=True):
+    """Turns prompts into tokens and refuses what one model cannot run."""
+
+    tokenizer: Tokenizer
+    model: ModelInfo
+
+    async def tokenize(self, prompt: Prompt) -> list[int]:
+        """The token ids that a prompt becomes.
+
+        Raises:
+            InvalidRequest, ContextTooLong: it is not a prompt, or could never fit.
+        """
+        if isinstance(prompt, str):
+            return await self._encode(len(prompt), self.tokenizer.encode, prompt)
+        if not prompt:
+            raise InvalidRequest("the prompt is empty", param="prompt")
+        messages = [part for part in prompt if isinstance(part, Mapping)]
+        if not messages:
+            return [part for part in prompt if not isinstance(part, Mapping)]
+        if len(messages) < len(prompt):
+            raise InvalidRequest("a prompt is all messages or all token ids", param="prompt")
+        num_chars = sum(len(str(message.get("content", ""))) for message in messages)
+        return await self._encode(num_chars, self.tokenizer.encode_chat, messages)
+
+    async def _encode(
+        self, num_chars: int, encode: Callable[[P], list[int]], prompt: P
+    ) -> list[int]:
+        most_chars = self.model.max_model_len * MOST_CHARS_PER_TOKEN
+        if num_chars > most_chars:
+            raise ContextTooLong(
+                f"the prompt has {num_chars} characters; a context of "
+                f"{self.model.max_model_len} tokens cannot hold more than {most_chars}",
+                param="prompt",
+            )
+        if num_chars <= INLINE_CHARS:
+            return encode(prompt)
+        return await asyncio.to_thread(encode, prompt)
+
+    def check(self, tokens: Sequence[int], params: SamplingParams) -> int:
+        """Refuse what could not run; the most output tokens this request may have.
+
+        Raises:
+            InvalidRequest, ContextTooLong: naming the parameter.
+        """
+        vocab_size, longest = self.model.vocab_size, self.model.max_model_len
+        if not tokens:
+            raise InvalidRequest("the prompt is empty", param="prompt")
+        for token in tokens:
+            if not (isinstance(token, int) and 0 <= token < vocab_size):
+                raise InvalidRequest(
+                    f"prompt has token id {token!r}; valid ids are 0 to {vocab_size - 1}",
+                    param="prompt",
+                )
+        params.check_vocabulary(vocab_size)
+        room = longest - len(tokens)
+        if room < 1:
+            raise ContextTooLong(
+                f"the prompt has {len(tokens)} tokens; this model and memory hold {longest} "
+                "with at least one of output",
+                param="prompt",
+            )
+        if params.max_tokens is not None and params.max_tokens > room:
+            raise ContextTooLong(
+                f"{len(tokens)} prompt tokens and max_tokens {params.max_tokens} exceed the "
+                f"context of {longest} tokens; lower max_tokens to {room} or shorten the prompt",
+                param="max_tokens",
+            )
+        return min(room, params.max_tokens) if params.max_tokens is not None else room
