@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import msgspec
 
@@ -16,6 +16,9 @@ from pie_async.errors import ConfigError
 from pie_async.model_info import ModelInfo
 from pie_async.request_stream import TextDecoder
 
+if TYPE_CHECKING:
+    from pie_async.device.cost_model import ModelShape
+
 Progress = Callable[[int, int], None]
 """Told (bytes loaded, bytes in all)."""
 
@@ -23,6 +26,8 @@ ChatMessage = Mapping[str, str]
 
 FEWEST_DEVICE_SLOTS = 4
 """A tail block being written, the next one, and two on their way out."""
+CPU_LAYER_GROUPS = 3
+"""Layer groups that the CPU device stages one after the other, unless configured."""
 SPARE_SLOTS = 3
 """Slots that one sequence alone cannot fill: its next block, and copies under way."""
 
@@ -79,7 +84,7 @@ def _assemble_cpu(config: EngineConfig, progress: Progress | None) -> Parts:
     tokenizer = ModelTokenizer.from_directory(path)
     dtype_name = "float32" if config.dtype == "auto" else config.dtype
     dtype: torch.dtype = getattr(torch, dtype_name)
-    layout = _layout(config, model_config, dtype.itemsize)
+    layout = cpu_layout(config, model_config, dtype.itemsize)
     device_slots, host_slots = count_slots(config, layout)
     max_model_len = longest_sequence(config, layout, model_config.max_positions)
     decoder = load_model(path, model_config, dtype, torch.device("cpu"), progress=progress)
@@ -125,15 +130,24 @@ class _KvShape(Protocol):
     def head_dim(self) -> int: ...
 
 
-def _layout(config: EngineConfig, shape: _KvShape, item_bytes: int) -> KvLayout:
+def cpu_layout(config: EngineConfig, shape: _KvShape, item_bytes: int) -> KvLayout:
+    """KV on the CPU device. Unless configured, a few groups of several layers: handing one over
+    between threads costs as much as computing a small layer."""
+    group = -(-shape.num_layers // CPU_LAYER_GROUPS)
+    return _layout(config, shape, item_bytes, layer_group=group, ring_depth=2)
+
+
+def _layout(
+    config: EngineConfig, shape: _KvShape, item_bytes: int, *, layer_group: int, ring_depth: int
+) -> KvLayout:
     return KvLayout(
         num_layers=shape.num_layers,
         block_tokens=config.block_tokens,
         kv_heads=shape.kv_heads,
         head_dim=shape.head_dim,
         item_bytes=item_bytes,
-        layer_group=min(config.layer_group, shape.num_layers),
-        ring_depth=config.ring_depth,
+        layer_group=min(config.layer_group or layer_group, shape.num_layers),
+        ring_depth=config.ring_depth or ring_depth,
     )
 
 
@@ -211,7 +225,7 @@ def _assemble_sim(config: EngineConfig) -> Parts:
 
     name = SIM_MODEL if config.model == BUILTIN_MODEL else config.model
     shape = shape_named(name)
-    layout = _layout(config, shape, shape.kv_item_bytes)
+    layout = sim_layout(config, shape)
     device_slots, host_slots = count_slots(config, layout)
     memory = MemoryPlan(
         layout=layout,
@@ -237,6 +251,11 @@ def _assemble_sim(config: EngineConfig) -> Parts:
         model=info,
         eos_ids=frozenset(),
     )
+
+
+def sim_layout(config: EngineConfig, shape: ModelShape) -> KvLayout:
+    """KV on the simulated device; layer by layer, unless configured."""
+    return _layout(config, shape, shape.kv_item_bytes, layer_group=1, ring_depth=3)
 
 
 class ByteTokenizer:

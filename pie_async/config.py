@@ -42,8 +42,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """Most tokens one iteration processes; longer prompts are prefilled in chunks."""
     iterations_in_flight: int = 2
     """Iterations issued before the first one's tokens are back: 1 or 2."""
-    layer_group: int = 1
-    ring_depth: int = 3
+    layer_group: int | None = None
+    """Layers staged and awaited as one; None: as suits the device."""
+    ring_depth: int | None = None
+    """Layer groups that the staging ring holds, at least 2; None: as suits the device."""
     link_bytes_per_s: float | None = None
     """CPU device: rate of the link between host pool and arena; None: as fast as it goes."""
     streamed_blocks: int | None = None
@@ -66,18 +68,19 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             "block_tokens",
             "max_running_sequences",
             "token_budget",
-            "layer_group",
             "max_queued_requests",
         ):
             _at_least(name, getattr(self, name), 1)
         _at_least("host_pool_bytes", self.host_pool_bytes, 0)
-        _at_least("ring_depth", self.ring_depth, 2)
-        if self.max_model_len is not None:
-            _at_least("max_model_len", self.max_model_len, 1)
-        if self.cpu_threads is not None:
-            _at_least("cpu_threads", self.cpu_threads, 1)
-        if self.streamed_blocks is not None:
-            _at_least("streamed_blocks", self.streamed_blocks, 0)
+        for name, least in (
+            ("layer_group", 1),
+            ("ring_depth", 2),
+            ("max_model_len", 1),
+            ("cpu_threads", 1),
+            ("streamed_blocks", 0),
+        ):
+            if (value := getattr(self, name)) is not None:
+                _at_least(name, value, least)
         if self.iterations_in_flight not in (1, 2):
             raise ConfigError(
                 f"iterations_in_flight must be 1 or 2, not {self.iterations_in_flight}",

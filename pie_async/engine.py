@@ -98,9 +98,8 @@ class Engine:
         except EngineStopped as failure:
             self._failure = failure
         finally:
-            stopped = self._failure or EngineStopped("the engine was closed")
-            self._actors.delivery.fail_all(stopped)
-            await asyncio.to_thread(parts.device.close)
+            self._actors.delivery.fail_all(self._stopped())
+            parts.device.close()  # at once: the supervisor has drained it
 
     async def aclose(self, *, drain_s: float = 0.0) -> None:
         """End the engine and give its memory back; calling it again does nothing.
@@ -112,7 +111,7 @@ class Engine:
             return
         if not self._watch.done():
             if drain_s > 0:
-                with contextlib.suppress(TimeoutError):
+                with contextlib.suppress(TimeoutError, EngineStopped):
                     async with asyncio.timeout(drain_s):
                         await self.drain()
             for stream in list(self._streams.values()):
@@ -121,10 +120,9 @@ class Engine:
                 async with asyncio.timeout(CLOSE_S):
                     await self.drain()
                     await self._actors.supervisor.close()
-            except (TimeoutError, EngineStopped, MailboxClosed):
+            except (TimeoutError, EngineStopped):
                 self._watch.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await self._watch
+        await asyncio.wait([self._watch])
 
     async def drain(self) -> None:
         """Accept nothing more; return when everything accepted is finished.
@@ -135,7 +133,10 @@ class Engine:
         actors = self._running_actors()
         if not self._is_draining:
             self._is_draining = True
-            await actors.scheduler.mailbox.send(Drain())
+            try:
+                await actors.scheduler.mailbox.send(Drain())
+            except MailboxClosed:
+                raise self._stopped() from None
         await actors.delivery.drained.wait()
         if self._failure is not None:
             raise self._failure
@@ -287,6 +288,9 @@ class Engine:
             block_bytes=memory.layout.block_bytes,
             uptime_s=asyncio.get_running_loop().time() - self._started_s,
         )
+
+    def _stopped(self) -> PieError:
+        return self._failure or EngineStopped("the engine was closed")
 
     def _check_accepting(self) -> None:
         if self._failure is not None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable, Coroutine, Sequence
+import weakref
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any, Self, TypeVar
 
@@ -43,10 +44,12 @@ class LLM:
         self._loop = uvloop.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="pie-llm", daemon=True)
         self._thread.start()
+        # Also when the caller forgets: at the latest when the interpreter exits.
+        self._finalizer = weakref.finalize(self, _close, self._engine, self._loop, self._thread)
         try:
             self._call(self._engine.start())
         except BaseException:
-            self._stop_loop()
+            self.close()
             raise
 
     def __enter__(self) -> Self:
@@ -65,7 +68,7 @@ class LLM:
         """Complete the prompts, all at once; their outputs in the same order.
 
         Args:
-            prompts: a text or a list of texts; a list of token ids or several such lists.
+            prompts: a text, a list of token ids or a conversation, or a list of such prompts.
             params: one for all prompts, or one for each.
             progress: show a progress bar on a terminal.
 
@@ -96,9 +99,7 @@ class LLM:
 
     def close(self) -> None:
         """End the engine and its thread; calling it again does nothing."""
-        if self._thread.is_alive():
-            self._call(self._engine.aclose())
-            self._stop_loop()
+        self._finalizer()
 
     # --- inside -------------------------------------------------------------------------------
 
@@ -157,10 +158,12 @@ class LLM:
             future.cancel()
             raise
 
-    def _stop_loop(self) -> None:
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
+
+def _close(engine: Engine, loop: asyncio.AbstractEventLoop, thread: threading.Thread) -> None:
+    asyncio.run_coroutine_threadsafe(engine.aclose(), loop).result()
+    loop.call_soon_threadsafe(loop.stop)
+    thread.join()
+    loop.close()
 
 
 async def _later(read: Callable[[], T]) -> T:
@@ -173,7 +176,7 @@ def _as_prompts(prompts: Any) -> list[Prompt]:
     if isinstance(prompts, str):
         return [prompts]
     several: list[Prompt] = list(prompts)
-    is_one = bool(several) and isinstance(several[0], int)
+    is_one = bool(several) and isinstance(several[0], (int, Mapping))
     return [list(prompts)] if is_one else several
 
 

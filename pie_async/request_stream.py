@@ -83,7 +83,7 @@ class SequenceOutput:
         return not is_end or is_wanted
 
     def _add_text(self, text: str) -> bool:
-        if not self._params.stop:
+        if not self._params.stop or len(self._tokens) < self._params.min_tokens:
             if text:
                 self._text.append(text)
             return False

@@ -99,11 +99,11 @@ FLAGS: dict[str, _Flag] = {
     ),
     "layer_group": _Flag(
         "--layer-group", count, "N", "Layers staged and awaited as one.",
-        str(_DEFAULTS.layer_group), _MEMORY,
+        "as suits the device", _MEMORY,
     ),
     "ring_depth": _Flag(
         "--ring-depth", count, "N", "Buffers of the staging ring.",
-        str(_DEFAULTS.ring_depth), _MEMORY,
+        "as suits the device", _MEMORY,
     ),
     "device": _Flag(
         "--device", one_of(*get_args(DeviceName)), "|".join(get_args(DeviceName)),

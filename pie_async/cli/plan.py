@@ -6,7 +6,15 @@ from collections.abc import Iterator
 
 import msgspec
 
-from pie_async.assembly import SIM_MODEL, SIM_POSITIONS, count_slots, longest_sequence, served_name
+from pie_async.assembly import (
+    SIM_MODEL,
+    SIM_POSITIONS,
+    count_slots,
+    cpu_layout,
+    longest_sequence,
+    served_name,
+    sim_layout,
+)
 from pie_async.config import BUILTIN_MODEL, EngineConfig, format_size
 from pie_async.core.layout import KvLayout
 
@@ -121,7 +129,7 @@ def _model_shape(config: EngineConfig) -> _Shape:
         num_parameters=model.num_parameters,
         weight_bytes=model.num_parameters * ITEM_BYTES[dtype],
         max_positions=model.max_positions,
-        layout=_layout(config, model.num_layers, model.kv_heads, model.head_dim, ITEM_BYTES[dtype]),
+        layout=cpu_layout(config, model, ITEM_BYTES[dtype]),
     )
 
 
@@ -137,21 +145,5 @@ def _sim_shape(config: EngineConfig) -> _Shape:
         num_parameters=shape.weight_bytes // shape.weight_item_bytes,
         weight_bytes=shape.weight_bytes,
         max_positions=SIM_POSITIONS,
-        layout=_layout(
-            config, shape.num_layers, shape.kv_heads, shape.head_dim, shape.kv_item_bytes
-        ),
-    )
-
-
-def _layout(
-    config: EngineConfig, num_layers: int, kv_heads: int, head_dim: int, item_bytes: int
-) -> KvLayout:
-    return KvLayout(
-        num_layers=num_layers,
-        block_tokens=config.block_tokens,
-        kv_heads=kv_heads,
-        head_dim=head_dim,
-        item_bytes=item_bytes,
-        layer_group=min(config.layer_group, num_layers),
-        ring_depth=config.ring_depth,
+        layout=sim_layout(config, shape),
     )

@@ -125,7 +125,7 @@ class _Batch:
     def _may_admit(self, seq: Sequence) -> bool:
         """Whether its tokens fit beside what runs, with a block to grow for each."""
         residency = self._schedule.residency
-        if residency.free_device == 0:
+        if residency.free_device == 0 or residency.num_streamed > self._schedule.streamed_limit:
             return False
         num_running = len(self._schedule.running) + len(self._schedule.resuming)
         if num_running == 0:

@@ -41,13 +41,13 @@ class Launcher:
     # --- called on the event loop ---------------------------------------------------------
 
     def run(self, command: RunIteration) -> asyncio.Future[PassResult]:
-        ran: asyncio.Future[PassResult] = self._loop.create_future()
+        ran: asyncio.Future[PassResult] = self._future()
         self._runs.append((command, ran))
         self._pair()
         return ran
 
     def stage(self, command: StageIteration) -> asyncio.Future[CopyResult]:
-        staged: asyncio.Future[CopyResult] = self._loop.create_future()
+        staged: asyncio.Future[CopyResult] = self._future()
         self._staging[command.iteration] = (command, staged)
         self._pair()
         return staged
@@ -78,7 +78,7 @@ class Launcher:
         copy: Callable[[Sequence[BlockMove]], None],
         moves: Sequence[BlockMove],
     ) -> asyncio.Future[CopyResult]:
-        copied: asyncio.Future[CopyResult] = self._loop.create_future()
+        copied: asyncio.Future[CopyResult] = self._future()
 
         def issue() -> None:
             began = stream.record()
@@ -89,6 +89,13 @@ class Launcher:
 
         self._launch(issue, copied)
         return copied
+
+    def _future(self) -> asyncio.Future[Any]:
+        """A future whose failure may go unread: one fault fails many, and one of them stops
+        the engine before the others are looked at."""
+        future: asyncio.Future[Any] = self._loop.create_future()
+        future.add_done_callback(lambda done: done.cancelled() or done.exception())
+        return future
 
     # --- called on the launch thread --------------------------------------------------------
 

@@ -447,7 +447,6 @@ async def test_draining_an_engine_that_fails_says_so():
     await engine.aclose()
 
 
-@pytest.mark.xfail(strict=True, reason="aclose(drain_s=...) raises what drain() raises")
 async def test_closing_gracefully_an_engine_that_fails_meanwhile_still_closes_it():
     engine = small()
     await engine.start()
@@ -460,7 +459,6 @@ async def test_closing_gracefully_an_engine_that_fails_meanwhile_still_closes_it
     assert not engine.is_running
 
 
-@pytest.mark.xfail(strict=True, reason="drain() lets MailboxClosed through")
 async def test_draining_an_engine_that_has_failed_says_so():
     engine = small()
     await engine.start()
