@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
-from typing import Literal
+from typing import Literal, get_args
 
 import msgspec
 
@@ -54,7 +55,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     cpu_threads: int | None = None
     """CPU device: threads per torch operation; None: all cores but one."""
     debug: bool = False
-    """Poison staging buffers, check invariants at every iteration."""
+    """Poison staging buffers, check invariants at every message and plan."""
     seed: int = 0
     """Where seeds of requests without one are drawn from."""
     sim_gpu: str = "h200"
@@ -63,6 +64,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """Simulated device: the link to the pool."""
 
     def __post_init__(self) -> None:
+        self._check_types()
         for name in (
             "device_kv_bytes",
             "block_tokens",
@@ -92,6 +94,23 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
                 "leave it out for no limit",
                 option="link_bytes_per_s",
             )
+
+    def _check_types(self) -> None:
+        if isinstance(self.model, os.PathLike):
+            msgspec.structs.force_setattr(self, "model", os.fspath(self.model))
+        for name, choices in (("device", get_args(DeviceName)), ("dtype", get_args(DtypeName))):
+            if (value := getattr(self, name)) not in choices:
+                raise ConfigError(
+                    f"{name} must be one of {', '.join(choices)}, not {value!r}", option=name
+                )
+        for field in msgspec.structs.fields(type(self)):
+            value = getattr(self, field.name)
+            try:
+                msgspec.convert(value, field.type)
+            except msgspec.ValidationError as error:
+                raise ConfigError(
+                    f"{field.name} is {value!r}: {error}", option=field.name
+                ) from None
 
 
 def _at_least(name: str, value: int, least: int) -> None:

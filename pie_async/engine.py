@@ -181,6 +181,8 @@ class Engine:
             EngineStopped: not running, or draining.
         """
         params = params if params is not None else SamplingParams()
+        if not isinstance(priority, int):
+            raise InvalidRequest(f"priority is {priority!r}, not a number", param="priority")
         self._check_accepting()
         tokens = tuple(await self.tokenize(prompt))
         self._check_accepting()  # tokenising took a while
@@ -200,10 +202,13 @@ class Engine:
             max_tokens=max_tokens,
             priority=priority,
         )
+        actors = self._running_actors()
         try:
-            await self._running_actors().scheduler.mailbox.send(command)
-        except BaseException:
-            self._forget(stream)
+            await actors.scheduler.mailbox.send(command)
+        except BaseException as error:
+            actors.delivery.abandon(stream)
+            if isinstance(error, MailboxClosed):  # the actors ended while it waited for room
+                raise self._stopped() from None
             raise
         return stream
 

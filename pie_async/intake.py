@@ -38,6 +38,7 @@ class Intake(msgspec.Struct, frozen=True):
         """
         if isinstance(prompt, str):
             return await self._encode(len(prompt), self.tokenizer.encode, prompt)
+        _check_is_list(prompt)
         if not prompt:
             raise InvalidRequest("the prompt is empty", param="prompt")
         messages = [part for part in prompt if isinstance(part, Mapping)]
@@ -45,7 +46,8 @@ class Intake(msgspec.Struct, frozen=True):
             return [part for part in prompt if not isinstance(part, Mapping)]
         if len(messages) < len(prompt):
             raise InvalidRequest("a prompt is all messages or all token ids", param="prompt")
-        num_chars = sum(len(str(message.get("content", ""))) for message in messages)
+        _check_messages(messages)
+        num_chars = sum(len(message["content"]) for message in messages)
         return await self._encode(num_chars, self.tokenizer.encode_chat, messages)
 
     async def _encode(
@@ -92,3 +94,21 @@ class Intake(msgspec.Struct, frozen=True):
                 param="max_tokens",
             )
         return min(room, params.max_tokens) if params.max_tokens is not None else room
+
+
+def _check_is_list(prompt: object) -> None:
+    if isinstance(prompt, (bytes, bytearray)) or not isinstance(prompt, Sequence):
+        raise InvalidRequest(
+            "a prompt is a text, a list of token ids or a list of messages, not "
+            f"{type(prompt).__name__}",
+            param="prompt",
+        )
+
+
+def _check_messages(messages: Sequence[ChatMessage]) -> None:
+    for index, message in enumerate(messages):
+        for key in ("role", "content"):
+            if not isinstance(message.get(key), str):
+                raise InvalidRequest(
+                    f"message {index} needs a text as its {key!r}", param=f"messages[{index}]"
+                )

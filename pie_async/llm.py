@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from pie_async.assembly import ChatMessage
 from pie_async.config import EngineConfig
 from pie_async.engine import Engine
-from pie_async.errors import InvalidRequest
+from pie_async.errors import EngineStopped, InvalidRequest
 from pie_async.intake import Prompt
 from pie_async.metrics import EngineStats
 from pie_async.model_info import ModelInfo
@@ -74,6 +74,7 @@ class LLM:
 
         Raises:
             InvalidRequest: for the first prompt that cannot run; nothing is returned.
+            EngineStopped: it was closed, or the engine failed.
         """
         return self._run(_as_prompts(prompts), params, progress=progress)
 
@@ -151,6 +152,9 @@ class LLM:
         return [task.result() for task in tasks]
 
     def _call(self, work: Coroutine[Any, Any, T]) -> T:
+        if not self._finalizer.alive:
+            work.close()
+            raise EngineStopped("this LLM was closed; make a new one")
         future = asyncio.run_coroutine_threadsafe(work, self._loop)
         try:
             return future.result()

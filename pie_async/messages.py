@@ -8,7 +8,7 @@ Commands are imperative, facts are past tense.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
 
@@ -263,8 +263,6 @@ class IterationObserved(Message, frozen=True, kw_only=True):
     streamed_blocks: int
     wanted_blocks: int
     """Blocks that would have to be streamed for everything submitted to run at once."""
-    itl_s: float = 0.0
-    """Time since the previous iteration ended, if both belong to one busy spell."""
 
 
 GovernorMail = IterationObserved
@@ -273,7 +271,7 @@ GovernorMail = IterationObserved
 
 
 class SequencesAdvanced(Message, frozen=True, kw_only=True):
-    """Fact: what an iteration, a cancellation or a refusal did to these sequences."""
+    """Fact: what an iteration or a cancellation did to these sequences."""
 
     iteration: IterationId
     advances: tuple[Advance, ...]
@@ -303,8 +301,6 @@ AnyMessage = (
     | SequencesAdvanced
     | Drained
 )
-
-Direction = Literal["h2d", "d2h"]
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(AnyMessage)

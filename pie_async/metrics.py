@@ -48,6 +48,7 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     sequences_cancelled: int = 0
     preemptions_parked: int = 0
     preemptions_recomputed: int = 0
+    """Those of the parked that lost their KV after all: the pool was full."""
     demotions: int = 0
     """Blocks copied to the pool."""
     promotions: int = 0

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from typing import Literal, NoReturn
+from typing import Any, Literal, NoReturn
 
 import msgspec
 
@@ -21,7 +22,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     """How one request's tokens are chosen and when they end.
 
     Names and meanings follow vLLM's class of the same name, so that callers can switch.
-    Construction raises `InvalidRequest`, whose `param` names the field.
+    Lists do for tuples, and one string for `stop`. Construction raises `InvalidRequest`,
+    whose `param` names the field.
     """
 
     n: int = 1
@@ -64,12 +66,26 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     """What each output of a stream holds: all so far, what is new, or one final output."""
 
     def __post_init__(self) -> None:
+        self._check_types()
         self._check_choice()
         self._check_penalties()
         self._check_end()
         for name in ("logprobs", "prompt_logprobs"):
             if (count := getattr(self, name)) is not None:
                 _check_range(name, count, 0, MAX_TOP_LOGPROBS)
+
+    def _check_types(self) -> None:
+        # Past this point a wrong type would surface in an actor and end the engine.
+        if isinstance(self.stop, str):
+            msgspec.structs.force_setattr(self, "stop", (self.stop,))
+        for name, kind in _types():
+            value = getattr(self, name)
+            try:
+                converted = msgspec.convert(value, kind)
+            except msgspec.ValidationError as error:
+                _refuse(name, f"{name} is {value!r}: {error}")
+            if converted is not value:
+                msgspec.structs.force_setattr(self, name, converted)
 
     def _check_choice(self) -> None:
         _check_range("n", self.n, 1, MAX_SEQUENCES_PER_REQUEST)
@@ -142,10 +158,16 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
                     _refuse(name, f"{name} has token id {token}; valid ids are 0 to {last}")
 
 
+@functools.cache
+def _types() -> tuple[tuple[str, Any], ...]:
+    """The fields and their types; resolving the annotations takes a while."""
+    return tuple((field.name, field.type) for field in msgspec.structs.fields(SamplingParams))
+
+
 def _check_range(name: str, value: float, low: float, high: float) -> None:
     if not low <= value <= high:  # also refuses NaN
         _refuse(name, f"{name} must be between {low} and {high}, not {value}")
 
 
 def _refuse(param: str, message: str) -> NoReturn:
-    raise InvalidRequest(message, param=param)
+    raise InvalidRequest(message, param=param) from None

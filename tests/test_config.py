@@ -84,3 +84,24 @@ def test_what_is_no_size_is_refused_and_names_the_option(text: str):
 )
 def test_sizes_are_written_for_people(num_bytes: int, text: str):
     assert format_size(num_bytes) == text
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("device", "gpu"),
+        ("dtype", "fp16"),
+        ("device_kv_bytes", "64MiB"),
+        ("device_kv_bytes", 2e6),
+        ("debug", "yes"),
+        ("seed", None),
+    ],
+)
+def test_a_value_that_is_no_choice_or_of_the_wrong_type_is_refused_by_name(option, value):
+    with pytest.raises(ConfigError, match=option) as refused:
+        EngineConfig(**{option: value})
+    assert refused.value.option == option
+
+
+def test_the_model_may_be_a_path(tmp_path):
+    assert EngineConfig(model=tmp_path).model == str(tmp_path)

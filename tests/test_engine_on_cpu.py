@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import itertools
 import math
 import threading
 import time
+import weakref
 
 import pytest
 import torch
@@ -355,3 +357,14 @@ async def test_a_model_that_raises_fails_the_streams_and_stops_the_engine(monkey
         assert all(isinstance(result, EngineStopped) for result in results)
         assert "out of memory" in str(results[0])
         assert not engine.is_running
+
+
+async def test_a_closed_engine_that_is_kept_holds_no_memory():
+    engine = Engine(device_kv_bytes=8 * 2**20, host_pool_bytes=8 * 2**20)
+    async with engine:
+        arena = weakref.ref(engine._parts.device.arena.layers[0])
+        runner = weakref.ref(engine._parts.device._runner)
+    gc.collect()
+    assert arena() is None
+    assert runner() is None
+    assert engine.model.vocab_size > 0

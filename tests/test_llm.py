@@ -7,7 +7,7 @@ import threading
 import pytest
 
 from pie_async import LLM, SamplingParams
-from pie_async.errors import ConfigError, InvalidRequest
+from pie_async.errors import ConfigError, EngineStopped, InvalidRequest
 
 
 @pytest.fixture(scope="module")
@@ -138,3 +138,12 @@ def test_options_that_cannot_work_raise_and_leave_no_thread(options: dict, optio
     if option is not None:
         assert refused.value.option == option
     assert "pie-llm" not in {t.name for t in threading.enumerate()} - before
+
+
+def test_after_close_it_says_that_it_is_closed():
+    llm = LLM(device="sim", model="tiny")
+    llm.close()
+    with pytest.raises(EngineStopped, match="closed"):
+        llm.generate("Hello", progress=False)
+    with pytest.raises(EngineStopped, match="closed"):
+        llm.stats()

@@ -108,3 +108,29 @@ def test_penalties_count_tokens_and_nothing_else_does(params: dict):
 def test_it_is_frozen():
     with pytest.raises(AttributeError):
         SamplingParams().n = 2
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("n", 1.5),
+        ("temperature", "hot"),
+        ("top_k", 1.5),
+        ("stop", (3,)),
+        ("stop_token_ids", 3),
+        ("stop_token_ids", ("a",)),
+        ("logit_bias", {"a": 1.0}),
+        ("output_kind", "whole"),
+        ("ignore_eos", 1),
+    ],
+)
+def test_a_value_of_the_wrong_type_is_refused_by_name(field, value):
+    with pytest.raises(InvalidRequest, match=field) as refused:
+        SamplingParams(**{field: value})
+    assert refused.value.param == field
+
+
+def test_lists_and_a_single_stop_string_are_taken_as_people_write_them():
+    assert SamplingParams(stop="END").stop == ("END",)
+    assert SamplingParams(stop=["a", "b"]).stop == ("a", "b")
+    assert SamplingParams(stop_token_ids=[5, 6]).stop_token_ids == (5, 6)

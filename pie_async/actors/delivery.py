@@ -41,6 +41,12 @@ class DeliveryActor(Actor[DeliveryMail]):
         for seq in stream.sequences:
             self._streams[seq] = stream
 
+    def abandon(self, stream: RequestStream) -> None:
+        """Forget a stream whose request was never submitted."""
+        for seq in stream.sequences:
+            self._streams.pop(seq, None)
+        self._on_finished(stream)
+
     def fail_all(self, error: PieError) -> None:
         """The engine ended: so does every open stream."""
         for stream in set(self._streams.values()):

@@ -102,7 +102,7 @@ FLAGS: dict[str, _Flag] = {
         "as suits the device", _MEMORY,
     ),
     "ring_depth": _Flag(
-        "--ring-depth", count, "N", "Buffers of the staging ring.",
+        "--ring-depth", count, "N", "Layer groups that the staging ring holds.",
         "as suits the device", _MEMORY,
     ),
     "device": _Flag(
@@ -134,7 +134,7 @@ FLAGS: dict[str, _Flag] = {
         str(_DEFAULTS.max_queued_requests),
     ),
     "cpu_threads": _Flag(
-        "--cpu-threads", count, "N", "Threads of one torch operation (cpu).", "torch's choice",
+        "--cpu-threads", count, "N", "Threads of one torch operation (cpu).", "all cores but one",
     ),
     "seed": _Flag(
         "--seed", count, "N", "Seeds of requests without one are drawn from it.",

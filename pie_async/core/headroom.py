@@ -1,9 +1,9 @@
 """Adaptive expansion: how many blocks may be streamed (Pie, arXiv 2411.09317, section 5).
 
 Starts at zero, grows only while somebody wants the room and the copies stay hidden, is cut
-at the first stall. What hides is bounded by the link's rate times the compute time of a
-decode-only iteration *without stall*: an iteration made longer by stall or by a prompt must
-not be taken for room, or streaming more would allow streaming more.
+when the smoothed stall shows that they don't. What hides is bounded by the link's rate times
+the compute time of a decode-only iteration *without stall*: an iteration made longer by stall
+or by a prompt must not be taken for room, or streaming more would allow streaming more.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What must hold between any two messages. Checked after every step in debug mode and tests."""
+"""What must hold between any two messages. Checked at every message in debug mode and tests."""
 
 from __future__ import annotations
 

@@ -93,8 +93,6 @@ class ResidencyMap:
         self._last_launch = 0
         self._last_settled = 0
         self._next_id = 1
-        self.staging_changed = True
-        """Whether the set of streamed blocks changed since `staging_runs` was read."""
 
     # --- time ---------------------------------------------------------------------------
 
@@ -289,14 +287,12 @@ class ResidencyMap:
         assert slot is not None
         block.staging_slot = DeviceSlot(slot)
         self.streamed[block.id] = block
-        self.staging_changed = True
 
     def _unstage(self, block: Block) -> None:
         if block.staging_slot is not None:
             self._retire(self.staging, block.staging_slot)
             block.staging_slot = None
             del self.streamed[block.id]
-            self.staging_changed = True
 
     # --- host slots -----------------------------------------------------------------------------
 

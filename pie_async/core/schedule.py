@@ -229,7 +229,6 @@ class Schedule:
         seq.num_launched = seq.num_settled = seq.num_sealed = seq.demote_from = 0
         seq.move_to(State.WAITING)
         self._enqueue(seq)
-        self.counts.preemptions_parked -= 1
         self.counts.preemptions_recomputed += 1
 
     def finish(self, seq: Sequence, reason: FinishReason) -> None:

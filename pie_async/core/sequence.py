@@ -7,7 +7,6 @@ from enum import Enum
 
 from pie_async.core.residency import Block
 from pie_async.ids import Lane, RequestId, SequenceId
-from pie_async.outputs import FinishReason
 from pie_async.sampling_params import SamplingParams
 
 
@@ -66,7 +65,6 @@ class Sequence:
     """Leading blocks that are sealed."""
     demote_from: int = 0
     """Blocks before this index have left the device (a hint for the next demotion)."""
-    finish_reason: FinishReason | None = None
 
     def move_to(self, state: State) -> None:
         assert state in LEGAL_MOVES[self.state], f"sequence {self.id}: {self.state} -> {state}"
@@ -81,11 +79,6 @@ class Sequence:
     def num_unfed(self) -> int:
         """Tokens whose KV no issued iteration writes; 1 while decoding."""
         return self.expected_len - self.num_launched
-
-    @property
-    def max_len(self) -> int:
-        """Tokens of prompt and output together after which it ends."""
-        return self.prompt_len + self.max_tokens
 
     @property
     def num_outputs(self) -> int:

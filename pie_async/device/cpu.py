@@ -361,3 +361,7 @@ class CpuDevice:
     def close(self) -> None:
         for stream in self._streams:
             stream.close()
+        # Whoever keeps the engine, to ask for its statistics say, must not keep the memory.
+        self._runner = None
+        self.arena.layers.clear()
+        self._host_pool = torch.empty(0)

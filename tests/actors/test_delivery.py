@@ -129,3 +129,12 @@ async def test_drained_is_passed_on(bench: Bench):
     assert not bench.actor.drained.is_set()
     await bench.told(Drained())
     assert bench.actor.drained.is_set()
+
+
+async def test_an_abandoned_stream_leaves_nothing_behind(bench: Bench):
+    stream = bench.open(1, 2)
+    bench.actor.abandon(stream)
+    assert bench.finished == [stream.request_id]
+    await bench.told(advanced(token(1, "a")))
+    bench.actor.fail_all(EngineStopped("over"))
+    assert bench.finished == [stream.request_id]

@@ -494,3 +494,28 @@ async def test_two_engines_in_one_process_do_not_meet():
         )
         assert first == second
         assert one.stats().output_tokens == two.stats().output_tokens == 20
+
+
+@pytest.mark.parametrize(
+    "wrong", [5, b"text", [{"role": "user"}], [{"content": "Hi"}], [{"role": "user", "content": 3}]]
+)
+async def test_what_is_no_prompt_is_refused_and_the_engine_goes_on(wrong):
+    async with small() as engine:
+        with pytest.raises(InvalidRequest):
+            await engine.submit(wrong, asks(3))
+        assert len(await tokens_of(await engine.submit("Hi", asks(3)))) == 3
+
+
+async def test_a_priority_that_is_no_number_is_refused():
+    async with small() as engine:
+        with pytest.raises(InvalidRequest) as refused:
+            await engine.submit("Hi", asks(3), priority="high")
+        assert refused.value.param == "priority"
+
+
+async def test_a_submission_overtaken_by_the_end_raises_engine_stopped():
+    async with small() as engine:
+        engine._actors.scheduler.mailbox.close()  # as the supervisor does when an actor fails
+        with pytest.raises(EngineStopped):
+            await engine.submit("Hi", asks(3))
+        assert not engine._streams
