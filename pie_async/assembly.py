@@ -165,7 +165,7 @@ def count_slots(config: EngineConfig, layout: KvLayout) -> tuple[int, int]:
     """Slots of the device arena and of the host pool.
 
     Raises:
-        ConfigError: the arena holds too few blocks to run anything.
+        ConfigError: the arena holds too few blocks to run anything, or the pool none.
     """
     device_slots = config.device_kv_bytes // layout.block_bytes
     if device_slots < FEWEST_DEVICE_SLOTS:
@@ -176,7 +176,14 @@ def count_slots(config: EngineConfig, layout: KvLayout) -> tuple[int, int]:
             f"give it at least {format_size(least)} or lower block_tokens",
             option="device_kv_bytes",
         )
-    return device_slots, config.host_pool_bytes // layout.block_bytes
+    host_slots = config.host_pool_bytes // layout.block_bytes
+    if config.host_pool_bytes and not host_slots:
+        raise ConfigError(
+            f"host_pool_bytes is {format_size(config.host_pool_bytes)}, less than one KV block "
+            f"of {format_size(layout.block_bytes)}; raise it, or set it to 0 to switch pooling off",
+            option="host_pool_bytes",
+        )
+    return device_slots, host_slots
 
 
 def longest_sequence(config: EngineConfig, layout: KvLayout, max_positions: int) -> int:

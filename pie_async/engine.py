@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import random
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
@@ -30,6 +31,8 @@ from pie_async.request_stream import RequestStream, SequenceOutput
 from pie_async.sampling_params import SamplingParams
 from pie_async.story import Story
 from pie_async.wiring import Actors
+
+_log = logging.getLogger(__name__)
 
 CLOSE_S = 30.0
 """How long closing waits for what was issued before it gives up on the device."""
@@ -58,6 +61,7 @@ class Engine:
         self._actors: Actors | None = None
         self._watch: asyncio.Task[None] | None = None
         self._streams: dict[str, RequestStream] = {}
+        self._has_started = False
         self._is_draining = False
         self._failure: PieError | None = None
         self._dice = random.Random(config.seed)
@@ -80,8 +84,9 @@ class Engine:
         Raises:
             ConfigError, ModelError: what is wrong and what to change.
         """
-        if self._watch is not None:
+        if self._has_started:
             raise EngineStopped("an engine starts once; make a new one")
+        self._has_started = True
         loop = asyncio.get_running_loop()
         parts = await asyncio.to_thread(assemble, self.config, progress=progress)
         parts.device.start(loop)
@@ -97,6 +102,8 @@ class Engine:
             await self._actors.supervisor.run()
         except EngineStopped as failure:
             self._failure = failure
+            if self.story is not None:
+                _log.error("%s; what happened last:\n%s", failure, self.story.tell())
         finally:
             self._actors.delivery.fail_all(self._stopped())
             parts.device.close()  # at once: the supervisor has drained it
@@ -213,7 +220,7 @@ class Engine:
         return stream
 
     async def cancel(self, request_id: str) -> bool:
-        """End a request now. Its stream ends with finish reason "cancelled".
+        """End a request now. Its stream ends with finish reason "abort".
 
         Returns: whether there was such a request.
         """

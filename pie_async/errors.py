@@ -10,9 +10,6 @@ from __future__ import annotations
 class PieError(Exception):
     """Base of every error of this package."""
 
-    retryable = False
-    """Whether the same call may succeed later without a change."""
-
 
 class ConfigError(PieError):
     """A flag, an option or the combination of several cannot work.
@@ -73,8 +70,6 @@ class Overloaded(PieError):
     Attributes:
         retry_after_s: an estimate of when there will be room, seconds.
     """
-
-    retryable = True
 
     def __init__(self, message: str, *, retry_after_s: float = 1.0) -> None:
         self.retry_after_s = retry_after_s

@@ -139,7 +139,7 @@ class Cancel(Message, frozen=True, kw_only=True):
     """Command: end these sequences now and take their memory back. Unknown ones are ignored."""
 
     sequences: tuple[SequenceId, ...]
-    reason: FinishReason = "cancelled"
+    reason: FinishReason = "abort"
     """"stop" when their text reached a stop string."""
 
 

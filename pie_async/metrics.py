@@ -25,7 +25,6 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     """Device slots in use."""
     streamed_blocks: int = 0
     parked_blocks: int = 0
-    cached_blocks: int = 0
     pooled_blocks: int = 0
     """Host pool slots in use, clean copies of resident blocks included."""
     streamed_limit_blocks: int = 0

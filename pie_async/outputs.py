@@ -6,7 +6,7 @@ from typing import Literal
 
 import msgspec
 
-FinishReason = Literal["stop", "length", "cancelled"]
+FinishReason = Literal["stop", "length", "abort"]
 
 
 class Logprob(msgspec.Struct, frozen=True):

@@ -188,7 +188,7 @@ class RequestStream:
         return self._output()
 
     def cancel(self) -> None:
-        """End the request now; the stream then ends with finish reason "cancelled"."""
+        """End the request now; the stream then ends with finish reason "abort"."""
         if not (self._is_cancelled or self.is_finished or self._error is not None):
             self._is_cancelled = True
             self._cancel(self)

@@ -14,7 +14,7 @@ from pie_async.actors.swap_in import SwapInActor
 from pie_async.actors.swap_out import SwapOutActor
 from pie_async.assembly import Parts
 from pie_async.config import EngineConfig
-from pie_async.core.headroom import Headroom
+from pie_async.core.headroom import Expansion
 from pie_async.core.residency import ResidencyMap
 from pie_async.core.schedule import Schedule
 from pie_async.device.launcher import Launcher
@@ -56,7 +56,7 @@ class Actors:
         most_streamed = _most_streamed(parts)
         if config.streamed_blocks is None and most_streamed:
             block_bytes = parts.device.memory.layout.block_bytes
-            headroom = Headroom(block_bytes=block_bytes, most_blocks=most_streamed)
+            headroom = Expansion(block_bytes=block_bytes, most_blocks=most_streamed)
             governor = ExpansionGovernorActor(headroom, to_scheduler, observer=observer)
             actors.append(governor)
         self.scheduler.connect(

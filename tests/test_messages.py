@@ -30,7 +30,7 @@ from pie_async.sampling_params import SamplingParams
 INTS = st.integers(0, 2**62)
 SECONDS = st.floats(0, 1e6)
 TOKENS = st.lists(st.integers(0, 200_000), max_size=4).map(tuple)
-REASONS = st.sampled_from(["stop", "length", "cancelled"])
+REASONS = st.sampled_from(["stop", "length", "abort"])
 
 SAMPLING = st.builds(
     SamplingParams,

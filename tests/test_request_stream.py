@@ -83,9 +83,9 @@ async def test_a_delta_tells_an_end_that_brings_no_text():
     stream = stream_of(output_kind="delta")
     push(stream, "a")
     await anext(stream)
-    stream.push(Advance(1, None, "cancelled"))
+    stream.push(Advance(1, None, "abort"))
     (out,) = (await anext(stream)).outputs
-    assert (out.text, out.token_ids, out.finish_reason) == ("", (), "cancelled")
+    assert (out.text, out.token_ids, out.finish_reason) == ("", (), "abort")
 
 
 async def test_a_final_output_comes_once_and_complete():
@@ -232,9 +232,9 @@ async def test_cancelling_asks_once_and_the_stream_ends_with_the_answer():
         stream.cancel()
     assert asked == [stream]
     assert stream.unfinished == (1,)
-    stream.push(Advance(1, None, "cancelled"))
+    stream.push(Advance(1, None, "abort"))
     (output,) = await read_all(stream)
-    assert (output.outputs[0].text, output.outputs[0].finish_reason) == ("a", "cancelled")
+    assert (output.outputs[0].text, output.outputs[0].finish_reason) == ("a", "abort")
 
 
 async def test_closing_cancels_and_gives_nothing_more():

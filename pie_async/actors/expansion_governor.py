@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pie_async.core.headroom import Headroom, decide
+from pie_async.core.headroom import Expansion, decide
 from pie_async.messages import GovernorMail, SchedulerMail, SetStreamedLimit
 from pie_async.runtime.actor import Actor, Observer
 from pie_async.runtime.mailbox import Mailbox
@@ -13,7 +13,7 @@ class ExpansionGovernorActor(Actor[GovernorMail]):
 
     def __init__(
         self,
-        headroom: Headroom,
+        headroom: Expansion,
         scheduler: Mailbox[SchedulerMail],
         *,
         observer: Observer | None = None,

@@ -138,7 +138,6 @@ def _labelled(stats: EngineStats) -> Iterator[Metric]:
         resident=stats.resident_blocks,
         streamed=stats.streamed_blocks,
         parked=stats.parked_blocks,
-        cached=stats.cached_blocks,
     )
     yield _by_label(
         CounterMetricFamily("pie:preemptions", "Preempted sequences", labels=["kind"]),

@@ -44,7 +44,7 @@ FIRST_TOKEN = 300
 _LOAD, _GOAL = "Workload", "Result"
 
 
-class Job(msgspec.Struct, frozen=True, kw_only=True):
+class LoadPlan(msgspec.Struct, frozen=True, kw_only=True):
     """What the flags ask for."""
 
     workload: str
@@ -180,7 +180,7 @@ def bench(
     if workload == "trace" and trace is None:
         raise ConfigError("--workload trace needs --trace FILE", option="trace")
     has_limits = ttft_limit is not None or tpot_limit is not None
-    job = Job(
+    job = LoadPlan(
         workload="trace" if trace is not None else workload,
         num_requests=None if num_requests is None else _positive(num_requests, "num_requests"),
         requests_per_s=rate,
@@ -221,7 +221,7 @@ async def _finish(measured: Any, path: Path | None) -> int:
     return 1 if report.summary.failed else 0
 
 
-async def _bench_engine(job: Job, config: EngineConfig) -> Report:
+async def _bench_engine(job: LoadPlan, config: EngineConfig) -> Report:
     from pie_async.cli.load import EngineTarget, PoolWatch
 
     async with started(config) as engine:
@@ -247,7 +247,7 @@ async def _bench_engine(job: Job, config: EngineConfig) -> Report:
         )
 
 
-async def _bench_server(job: Job, url: str, model: str | None, api_key: str | None) -> Report:
+async def _bench_server(job: LoadPlan, url: str, model: str | None, api_key: str | None) -> Report:
     from pie_async.api.client import CompletionsClient
 
     items = job.items(UNKNOWN_CONTEXT_TOKENS)
@@ -260,7 +260,7 @@ async def _bench_server(job: Job, url: str, model: str | None, api_key: str | No
 
 async def _put(
     target: Target,
-    job: Job,
+    job: LoadPlan,
     items: list[WorkItem],
     *,
     vocab_size: int,
@@ -309,7 +309,7 @@ def _progress(
 
 
 def _report(
-    job: Job,
+    job: LoadPlan,
     run: LoadRun,
     *,
     target: str,

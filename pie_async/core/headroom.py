@@ -39,7 +39,7 @@ CUT = 0.9
 """At most this part of what was streamed when it stalled is allowed again."""
 
 
-class Headroom(msgspec.Struct, frozen=True, kw_only=True):
+class Expansion(msgspec.Struct, frozen=True, kw_only=True):
     """What the governor knows and what it allows."""
 
     block_bytes: int
@@ -66,7 +66,7 @@ class Headroom(msgspec.Struct, frozen=True, kw_only=True):
         return min(int(hidden), self.most_blocks)
 
 
-def decide(state: Headroom, seen: IterationObserved) -> Headroom:
+def decide(state: Expansion, seen: IterationObserved) -> Expansion:
     """The new state after an iteration: expand, hold or shrink.
 
     A change shows in `limit_blocks`, its cause in `reason`.
@@ -86,12 +86,12 @@ def decide(state: Headroom, seen: IterationObserved) -> Headroom:
     return state
 
 
-def _stalls(state: Headroom) -> bool:
+def _stalls(state: Expansion) -> bool:
     tolerance = STALL_TOLERANCE if state.busy_share >= BUSY_LINK else LONG_STALL
     return state.stall_share > tolerance
 
 
-def _measure(state: Headroom, seen: IterationObserved) -> Headroom:
+def _measure(state: Expansion, seen: IterationObserved) -> Expansion:
     link, decode_s = state.link_bytes_per_s, state.decode_s
     if seen.staged_bytes and seen.staging_busy_s > 0:
         link = _blend(link, seen.staged_bytes / seen.staging_busy_s)
@@ -113,7 +113,7 @@ def _blend(old: float, new: float) -> float:
     return new if not old else old + SMOOTHING * (new - old)
 
 
-def _expand(state: Headroom, wanted: int, bound: int) -> Headroom:
+def _expand(state: Expansion, wanted: int, bound: int) -> Expansion:
     """Quickly at first, then carefully.
 
     The limit is a permission, not an order, so it may run ahead of what is wanted now: a
@@ -131,7 +131,7 @@ def _expand(state: Headroom, wanted: int, bound: int) -> Headroom:
     return _set(state, limit, f"{wanted} blocks wanted, {bound} would stay hidden")
 
 
-def _shrink_on_stall(state: Headroom, seen: IterationObserved) -> Headroom:
+def _shrink_on_stall(state: Expansion, seen: IterationObserved) -> Expansion:
     """Allow what would have fitted into the time without the stall, and wait to see."""
     fitting = int(seen.streamed_blocks * min(CUT, 1 / (1 + state.stall_share)))
     reason = f"compute stalled {state.stall_share:.1%} of its time"
@@ -139,7 +139,7 @@ def _shrink_on_stall(state: Headroom, seen: IterationObserved) -> Headroom:
     return msgspec.structs.replace(state, cooldown=COOLDOWN_ITERATIONS, stall_share=0.0)
 
 
-def _set(state: Headroom, limit: int, reason: str) -> Headroom:
+def _set(state: Expansion, limit: int, reason: str) -> Expansion:
     if limit == state.limit_blocks:
         return state
     return msgspec.structs.replace(state, limit_blocks=limit, reason=reason)

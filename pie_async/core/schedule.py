@@ -247,7 +247,7 @@ class Schedule:
         del self.sequences[seq.id]
         self._free_followers(seq)
         self.counts.sequences_finished += 1
-        self.counts.sequences_cancelled += reason == "cancelled"
+        self.counts.sequences_cancelled += reason == "abort"
 
     def _enqueue(self, seq: Sequence) -> None:
         heapq.heappush(self._waiting, (seq.order, seq))

@@ -42,6 +42,3 @@ class SlotPool:
 
     def is_free(self, slot: int) -> bool:
         return bool(self._is_free[slot - self.first])
-
-    def free_slots(self) -> list[int]:
-        return sorted(self._free)

@@ -38,6 +38,6 @@ def choice_end(choice: CompletionOutput) -> ChoiceEnd | None:
     Raises:
         EngineStopped: the engine ended it (the client did not: it is still being written to).
     """
-    if choice.finish_reason == "cancelled":
+    if choice.finish_reason == "abort":
         raise EngineStopped("the request was cancelled by the server before it was finished")
     return choice.finish_reason

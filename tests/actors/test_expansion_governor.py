@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from pie_async.actors.expansion_governor import ExpansionGovernorActor
-from pie_async.core.headroom import Headroom
+from pie_async.core.headroom import Expansion
 from pie_async.messages import IterationObserved, SchedulerMail, SetStreamedLimit
 from pie_async.runtime.mailbox import Mailbox
 
@@ -22,7 +22,7 @@ def observed(wanted: int) -> IterationObserved:
 
 async def said(*observations: IterationObserved) -> list[SchedulerMail]:
     scheduler: Mailbox[SchedulerMail] = Mailbox("scheduler", 16)
-    actor = ExpansionGovernorActor(Headroom(block_bytes=1024, most_blocks=100), scheduler)
+    actor = ExpansionGovernorActor(Expansion(block_bytes=1024, most_blocks=100), scheduler)
     for observation in observations:
         actor.mailbox.post(observation)
     actor.mailbox.close()

@@ -208,7 +208,7 @@ async def test_cancelling_answers_at_once_and_frees_when_the_device_is_done(star
     commands = bench.commands()
     await bench.tell(Cancel(sequences=(1,)))
     (fact,) = bench.to.delivery.drain()
-    assert [(a.sequence, a.finish_reason) for a in fact.advances] == [(1, "cancelled")]
+    assert [(a.sequence, a.finish_reason) for a in fact.advances] == [(1, "abort")]
     assert bench.actor.stats().resident_blocks > 0, "two iterations may still write its blocks"
     await bench.tell(*[bench.ran(command) for command in commands])
     assert bench.actor.stats().resident_blocks == 0

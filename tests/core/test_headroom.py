@@ -13,7 +13,7 @@ from pie_async.core.headroom import (
     FIRST_STEP_BLOCKS,
     KNOWN_STEP,
     LINK_SHARE,
-    Headroom,
+    Expansion,
     decide,
 )
 from pie_async.ids import IterationId
@@ -25,8 +25,8 @@ DECODE_S = 7e-3
 HIDDEN = int(LINK_SHARE * LINK * DECODE_S / BLOCK_BYTES)  # 317 blocks
 
 
-def fresh(most_blocks: int = 10_000) -> Headroom:
-    return Headroom(block_bytes=BLOCK_BYTES, most_blocks=most_blocks)
+def fresh(most_blocks: int = 10_000) -> Expansion:
+    return Expansion(block_bytes=BLOCK_BYTES, most_blocks=most_blocks)
 
 
 def seen(**changes) -> IterationObserved:
@@ -45,7 +45,7 @@ def seen(**changes) -> IterationObserved:
 
 
 def iteration(
-    state: Headroom,
+    state: Expansion,
     *,
     wanted: int,
     link: float = LINK,
@@ -68,7 +68,7 @@ def iteration(
     )
 
 
-def run(state: Headroom, count: int, **conditions) -> list[Headroom]:
+def run(state: Expansion, count: int, **conditions) -> list[Expansion]:
     states = []
     for _ in range(count):
         state = decide(state, iteration(state, **conditions))

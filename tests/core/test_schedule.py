@@ -134,7 +134,7 @@ def test_cancelling_ends_it_at_once_wherever_it_is():
     running, waiting = device.submit(6, 50)[0], device.submit(6, 50)[0]
     device.step()
     device.cancel(waiting, running)
-    assert ends(device) == [(waiting, "cancelled", None), (running, "cancelled", None)]
+    assert ends(device) == [(waiting, "abort", None), (running, "abort", None)]
     device.run()
     assert_all_returned(device.schedule)
     assert device.schedule.counts.sequences_cancelled == 2
@@ -218,7 +218,7 @@ def test_followers_start_when_their_leader_is_cancelled(stage: str):
         device.step()
     device.cancel(leader)
     device.run()
-    assert device.ended == {leader: "cancelled", follower: "length"}
+    assert device.ended == {leader: "abort", follower: "length"}
     assert_all_returned(device.schedule)
 
 
@@ -228,7 +228,7 @@ def test_a_cancelled_follower_leaves_no_trace():
     device.cancel(follower)
     assert device.schedule.num_waiting == 1
     device.run()
-    assert device.ended == {follower: "cancelled", leader: "length"}
+    assert device.ended == {follower: "abort", leader: "length"}
     assert_all_returned(device.schedule)
 
 

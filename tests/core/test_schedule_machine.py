@@ -130,7 +130,7 @@ def finish(device: PerfectDevice, starts: dict[int, int], wanted: dict[int, int]
         if device.ended[sequence] == "length":
             assert len(tokens) == max_tokens
         else:
-            assert device.ended[sequence] == "cancelled"
+            assert device.ended[sequence] == "abort"
 
 
 TestScheduleMachine = ScheduleMachine.TestCase

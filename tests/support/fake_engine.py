@@ -152,7 +152,7 @@ class FakeStream:
         await self._pass_gate()
         if self._engine.cancels_at == self._token:
             self._close()
-            return self._output("", ended_by="cancelled")
+            return self._output("", ended_by="abort")
         char = self._text[self._token : self._token + 1]
         self._token += 1
         if self._token >= len(self._text):

@@ -117,7 +117,7 @@ class PerfectDevice:
         return ids
 
     def cancel(self, *sequences: int) -> None:
-        self._take(self.schedule.cancel(map(SequenceId, sequences), "cancelled"))
+        self._take(self.schedule.cancel(map(SequenceId, sequences), "abort"))
 
     # --- driving ------------------------------------------------------------------------------
 

@@ -178,7 +178,7 @@ async def _read(engine: Engine, number: int, load: Load, outcome: Outcome) -> No
             assert len(tokens) == load.params.max_tokens, f"request {number}.{index}: {len(tokens)}"
             assert reasons[index] == "length"
         else:
-            assert reasons[index] in ("length", "cancelled")
+            assert reasons[index] in ("length", "abort")
 
 
 def assert_no_leak(engine: Engine) -> None:
