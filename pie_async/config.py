@@ -83,6 +83,12 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         ):
             if (value := getattr(self, name)) is not None:
                 _at_least(name, value, least)
+        if self.streamed_blocks and not self.host_pool_bytes:
+            raise ConfigError(
+                f"streamed_blocks is {self.streamed_blocks}, but host_pool_bytes is 0: what is "
+                "streamed lies in the host pool",
+                option="streamed_blocks",
+            )
         if self.iterations_in_flight not in (1, 2):
             raise ConfigError(
                 f"iterations_in_flight must be 1 or 2, not {self.iterations_in_flight}",

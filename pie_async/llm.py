@@ -85,7 +85,16 @@ class LLM:
         *,
         progress: bool = True,
     ) -> list[RequestOutput]:
-        """The assistant's next turn in one conversation, or in each of several."""
+        """The assistant's next turn in one conversation, or in each of several.
+
+        Raises: as `generate`; a text is no conversation.
+        """
+        if isinstance(conversations, str) or any(isinstance(one, str) for one in conversations):
+            raise InvalidRequest(
+                'a conversation is a list of messages such as {"role": "user", "content": "Hi"}; '
+                "generate() continues a text",
+                param="conversations",
+            )
         prompts: list[Any] = list(conversations)
         if prompts and not isinstance(prompts[0], Sequence):
             prompts = [prompts]

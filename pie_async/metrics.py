@@ -28,7 +28,7 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     pooled_blocks: int = 0
     """Host pool slots in use, clean copies of resident blocks included."""
     streamed_limit_blocks: int = 0
-    """What the expansion governor allows to be streamed."""
+    """What the expansion governor allows to be streamed, as of the last iteration."""
     expansion_ratio: float = 1.0
     """(device blocks + streamed blocks) / device blocks."""
     governor_reason: str = ""

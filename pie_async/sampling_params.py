@@ -22,8 +22,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     """How one request's tokens are chosen and when they end.
 
     Names and meanings follow vLLM's class of the same name, so that callers can switch.
-    Lists do for tuples, and one string for `stop`. Construction raises `InvalidRequest`,
-    whose `param` names the field.
+    Lists do for tuples, one string for `stop`, and None for no stops. Construction raises
+    `InvalidRequest`, whose `param` names the field.
     """
 
     n: int = 1
@@ -78,6 +78,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
         # Past this point a wrong type would surface in an actor and end the engine.
         if isinstance(self.stop, str):
             msgspec.structs.force_setattr(self, "stop", (self.stop,))
+        for name in ("stop", "stop_token_ids"):
+            if getattr(self, name) is None:  # the default in vLLM
+                msgspec.structs.force_setattr(self, name, ())
         for name, kind in _types():
             value = getattr(self, name)
             try:

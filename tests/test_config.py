@@ -105,3 +105,9 @@ def test_a_value_that_is_no_choice_or_of_the_wrong_type_is_refused_by_name(optio
 
 def test_the_model_may_be_a_path(tmp_path):
     assert EngineConfig(model=tmp_path).model == str(tmp_path)
+
+
+def test_streaming_without_a_pool_is_refused():
+    with pytest.raises(ConfigError, match="host_pool_bytes is 0") as refused:
+        EngineConfig(host_pool_bytes=0, streamed_blocks=5)
+    assert refused.value.option == "streamed_blocks"

@@ -43,6 +43,12 @@ def test_texts_and_token_ids_can_be_mixed(llm: LLM):
     assert [output.prompt for output in outputs] == ["Hello", None]
 
 
+@pytest.mark.parametrize("text", ["Hello", ["Hello", "there"]])
+def test_chat_refuses_a_text_instead_of_taking_it_apart(llm: LLM, text):
+    with pytest.raises(InvalidRequest, match="a conversation is a list of messages"):
+        llm.chat(text, asks(), progress=False)
+
+
 def test_no_prompts_give_no_outputs(llm: LLM):
     assert llm.generate([], asks(), progress=False) == []
 

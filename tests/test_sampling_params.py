@@ -132,5 +132,7 @@ def test_a_value_of_the_wrong_type_is_refused_by_name(field, value):
 
 def test_lists_and_a_single_stop_string_are_taken_as_people_write_them():
     assert SamplingParams(stop="END").stop == ("END",)
+    assert SamplingParams(stop=None).stop == ()
+    assert SamplingParams(stop_token_ids=None).stop_token_ids == ()
     assert SamplingParams(stop=["a", "b"]).stop == ("a", "b")
     assert SamplingParams(stop_token_ids=[5, 6]).stop_token_ids == (5, 6)

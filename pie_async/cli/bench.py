@@ -176,7 +176,11 @@ def bench(
 
     With --device sim the clock is virtual: minutes of load take seconds.
     """
+    from pie_async.cli.report import check_writable
+
     del model
+    if json is not None:
+        check_writable(json)
     if workload == "trace" and trace is None:
         raise ConfigError("--workload trace needs --trace FILE", option="trace")
     has_limits = ttft_limit is not None or tpot_limit is not None

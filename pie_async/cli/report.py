@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -34,14 +35,30 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     """None for a server, whose counters are not read."""
 
 
+def check_writable(path: Path) -> None:
+    """Before a long run; leaves what is in the file.
+
+    Raises:
+        ConfigError: the file cannot be written.
+    """
+    with _failure_told(path), path.open("ab"):
+        pass
+
+
 def write_json(report: Report, path: Path) -> None:
     """
     Raises:
         ConfigError: the file cannot be written.
     """
     text = msgspec.json.format(msgspec.json.encode(report), indent=2)
-    try:
+    with _failure_told(path):
         path.write_bytes(text + b"\n")
+
+
+@contextmanager
+def _failure_told(path: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise ConfigError(f"cannot write {path}: {error.strerror}", option="json") from error
 

@@ -101,7 +101,7 @@ def _read_keys(path: Path | None) -> list[str]:
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not text"
         raise ConfigError(f"cannot read {path}: {reason}", option="api_key_file") from error
-    keys = [key for key in keys if key]
+    keys = [key for key in keys if key and not key.startswith("#")]
     if not keys:
         raise ConfigError(f"{path} holds no key", option="api_key_file")
     return keys

@@ -114,10 +114,12 @@ def test_bench_replays_a_trace_at_its_own_times(tmp_path):
     assert report["workload"]["name"] == str(trace)
 
 
-def test_bench_that_cannot_write_its_json_says_so(tmp_path, capsys):
+def test_bench_that_cannot_write_its_json_says_so_before_it_measures(tmp_path, capsys):
     target = tmp_path / "no-such-folder" / "result.json"
     assert main(["bench", *SIM, "-n", "2", "--json", str(target)]) == 2
-    assert "no-such-folder" in capsys.readouterr().err
+    told = capsys.readouterr()
+    assert "no-such-folder" in told.err
+    assert not told.out
 
 
 def test_doctor_tells_hardware_copies_and_plan(capsys):

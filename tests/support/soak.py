@@ -59,6 +59,8 @@ class Scenario:
             "streamed_blocks": dice.choice([None, None, None, 0, 5, 100_000]),
             "sim_link": dice.choice(["pcie5", "nvlink"]),
         }
+        if host_blocks == 0:
+            options["streamed_blocks"] = None  # without a pool there is nothing to fix
         longest = (device_blocks + host_blocks - SPARE_BLOCKS) * BLOCK_TOKENS
         families = [tuple(dice.randrange(1000) for _ in range(2000)) for _ in range(2)]
         loads = tuple(
