@@ -21,7 +21,7 @@ import json
 import statistics
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pie_async import LLM, Engine, SamplingParams
 from pie_async.config import GIB
@@ -30,36 +30,41 @@ from pie_async.runtime.virtual_time import VirtualTimeLoop
 from pie_async.sampling_params import OutputKind
 
 BATCH = 16
-PROMPT_TOKENS = 64
-OUTPUT_TOKENS = 192
 
 
-def generate(llm: LLM) -> tuple[float, list[RequestOutput]]:
+class Load(NamedTuple):
+    """What every sequence of the batch reads and writes."""
+
+    prompt_tokens: int
+    output_tokens: int
+
+
+def generate(llm: LLM, load: Load) -> tuple[float, list[RequestOutput]]:
     """Output tokens per second of one saturated batch, and what came out."""
-    prompts = [[100 + 7 * i + j for j in range(PROMPT_TOKENS)] for i in range(BATCH)]
-    params = SamplingParams(temperature=0.0, max_tokens=OUTPUT_TOKENS, ignore_eos=True)
+    prompts = [[100 + 7 * i + j for j in range(load.prompt_tokens)] for i in range(BATCH)]
+    params = SamplingParams(temperature=0.0, max_tokens=load.output_tokens, ignore_eos=True)
     began_s = time.perf_counter()
     outputs = llm.generate(prompts, params, progress=False)
-    return BATCH * OUTPUT_TOKENS / (time.perf_counter() - began_s), outputs
+    return BATCH * load.output_tokens / (time.perf_counter() - began_s), outputs
 
 
 def compare(
-    name: str, rounds: int, first: dict[str, Any], second: dict[str, Any]
+    name: str, load: Load, rounds: int, first: dict[str, Any], second: dict[str, Any]
 ) -> dict[str, Any]:
     """Alternate two configurations; the ratio of their rates, second over first."""
     with LLM(**first) as one, LLM(**second) as other:
-        _, expected = generate(one)
-        _, outputs = generate(other)
+        _, expected = generate(one, load)
+        _, outputs = generate(other, load)
         for left, right in zip(expected, outputs, strict=True):
             if left.outputs[0].token_ids != right.outputs[0].token_ids:
                 raise SystemExit(f"{name}: the two configurations generate different tokens")
         rates = []
         for number in range(rounds):
             if number % 2:
-                later = generate(other)[0]
-                rates.append((generate(one)[0], later))
+                later = generate(other, load)[0]
+                rates.append((generate(one, load)[0], later))
             else:
-                rates.append((generate(one)[0], generate(other)[0]))
+                rates.append((generate(one, load)[0], generate(other, load)[0]))
         stats = other.stats()
     return {
         "measure": name,
@@ -73,28 +78,30 @@ def compare(
     }
 
 
-def need_bytes(model: str) -> int:
+def need_bytes(model: str, load: Load) -> int:
     """KV that the batch needs to be resident."""
     with LLM(model=model) as llm:
         stats = llm.stats()
-    blocks = BATCH * -(-(PROMPT_TOKENS + OUTPUT_TOKENS) // stats.block_tokens)
+    blocks = BATCH * -(-sum(load) // stats.block_tokens)
     return blocks * stats.block_bytes
 
 
-def quarter_arena(model: str, rounds: int) -> dict[str, Any]:
-    need = need_bytes(model)
+def quarter_arena(model: str, load: Load, rounds: int) -> dict[str, Any]:
+    need = need_bytes(model, load)
     return compare(
         "device arena 1/4 of the need",
+        load,
         rounds,
         {"model": model, "device_kv_bytes": 2 * need, "host_pool_bytes": 2 * need},
         {"model": model, "device_kv_bytes": need // 4, "host_pool_bytes": 2 * need},
     )
 
 
-def unused_pool(model: str, rounds: int) -> dict[str, Any]:
-    need = need_bytes(model)
+def unused_pool(model: str, load: Load, rounds: int) -> dict[str, Any]:
+    need = need_bytes(model, load)
     return compare(
         "pool switched on, everything resident",
+        load,
         rounds,
         {"model": model, "device_kv_bytes": 2 * need, "host_pool_bytes": 0},
         {"model": model, "device_kv_bytes": 2 * need, "host_pool_bytes": 8 * need},
@@ -136,11 +143,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="builtin", help="a model directory")
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--prompt-tokens", type=int, default=64)
+    parser.add_argument("--output-tokens", type=int, default=192)
     parser.add_argument("--json", type=Path, help="write the numbers here")
     options = parser.parse_args()
+    load = Load(options.prompt_tokens, options.output_tokens)
     rows = [
-        quarter_arena(options.model, options.rounds),
-        unused_pool(options.model, options.rounds),
+        quarter_arena(options.model, load, options.rounds),
+        unused_pool(options.model, load, options.rounds),
     ]
     for row in rows:
         low, high = row["ratio_range"]
