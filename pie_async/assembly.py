@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import msgspec
 
@@ -17,7 +18,14 @@ from pie_async.model_info import ModelInfo
 from pie_async.request_stream import TextDecoder
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from pie_async.device.cost_model import ModelShape
+    from pie_async.model.config import ModelConfig
+    from pie_async.model.decoder import Decoder
+    from pie_async.model.runner import ModelRunner
+
+_log = logging.getLogger(__name__)
 
 Progress = Callable[[int, int], None]
 """Told (bytes loaded, bytes in all)."""
@@ -66,6 +74,8 @@ def assemble(config: EngineConfig, *, progress: Progress | None = None) -> Parts
     """
     if config.device == "sim":
         return _assemble_sim(config)
+    if config.device == "cuda":
+        return _assemble_cuda(config, progress)
     return _assemble_cpu(config, progress)
 
 
@@ -73,50 +83,144 @@ def _assemble_cpu(config: EngineConfig, progress: Progress | None) -> Parts:
     import torch  # torch takes a second to import; `import pie_async` must not pay for it
 
     from pie_async.device.cpu import CpuDevice
-    from pie_async.model.checkpoint import resolve_model
-    from pie_async.model.config import read_config
-    from pie_async.model.runner import ModelRunner
-    from pie_async.model.tokenizer import Tokenizer as ModelTokenizer
     from pie_async.model.weights import load_model
 
-    path = resolve_model(config.model)
-    model_config = read_config(path)
-    tokenizer = ModelTokenizer.from_directory(path)
-    dtype_name = "float32" if config.dtype == "auto" else config.dtype
-    dtype: torch.dtype = getattr(torch, dtype_name)
-    layout = cpu_layout(config, model_config, dtype.itemsize)
-    device_slots, host_slots = count_slots(config, layout)
-    max_model_len = longest_sequence(config, layout, model_config.max_positions)
-    decoder = load_model(path, model_config, dtype, torch.device("cpu"), progress=progress)
+    files = _read_files(config)
+    dtype: torch.dtype = getattr(torch, files.dtype_name)
+    sizes = _size_up(config, files, dtype.itemsize)
+    decoder = load_model(files.path, files.config, dtype, torch.device("cpu"), progress=progress)
     device = CpuDevice(
-        layout,
-        device_slots=device_slots,
-        host_slots=host_slots,
+        sizes.layout,
+        device_slots=sizes.device_slots,
+        host_slots=sizes.host_slots,
         dtype=dtype,
         link_bytes_per_s=config.link_bytes_per_s,
         threads=config.cpu_threads or default_threads(),
         poisons=config.debug,
     )
-    device.load(
-        ModelRunner(
-            decoder,
-            device.arena.layers,
-            lanes=config.max_running_sequences,
-            max_blocks=layout.blocks_for(max_model_len) + 1,
-            block_tokens=config.block_tokens,
-        )
+    device.load(_runner(config, sizes, decoder, device.arena.layers))
+    return _parts(config, files, sizes, device)
+
+
+def _assemble_cuda(config: EngineConfig, progress: Progress | None) -> Parts:
+    from pie_async.cuda.errors import require_cuda
+
+    require_cuda()  # before cuda-python is imported, which may be missing
+    _log.warning("the CUDA device has only been tested against a stand-in driver so far")
+    import torch
+
+    from pie_async.cuda.device import CudaDevice
+    from pie_async.cuda.driver import Driver
+    from pie_async.model.weights import load_model
+
+    files = _read_files(config)
+    dtype: torch.dtype = getattr(torch, files.dtype_name)
+    sizes = _size_up(config, files, dtype.itemsize)
+    driver = Driver(torch.device("cuda"))
+    require_room(sizes.weight_bytes, driver.free_bytes(), files.dtype_name)
+    decoder = load_model(files.path, files.config, dtype, driver.device, progress=progress)
+    device = CudaDevice(
+        driver,
+        sizes.layout,
+        device_slots=sizes.device_slots,
+        host_slots=sizes.host_slots,
+        dtype=dtype,
+        poisons=config.debug,
     )
+    device.load(_runner(config, sizes, decoder, device.arena.layers))
+    return _parts(config, files, sizes, device)
+
+
+def require_room(weight_bytes: int, free_bytes: int, dtype_name: str) -> None:
+    """Refuse a model that the card cannot hold, before a minute is spent on loading it.
+
+    Raises:
+        ConfigError: the weights alone are larger than the free memory.
+    """
+    if weight_bytes > free_bytes:
+        raise ConfigError(
+            f"the weights take {format_size(weight_bytes)} in {dtype_name}, but only "
+            f"{format_size(free_bytes)} are free on the GPU; choose a smaller model or dtype, or "
+            "end what else runs there",
+            option="model",
+        )
+
+
+class _Files(NamedTuple):
+    """What is known of a model before its weights are read."""
+
+    path: Path
+    config: ModelConfig
+    tokenizer: Tokenizer
+    dtype_name: str
+
+
+class _Sizes(NamedTuple):
+    """How much of everything there will be."""
+
+    layout: KvLayout
+    device_slots: int
+    host_slots: int
+    max_model_len: int
+    weight_bytes: int
+
+
+def _read_files(config: EngineConfig) -> _Files:
+    from pie_async.model.checkpoint import resolve_model
+    from pie_async.model.config import read_config
+    from pie_async.model.tokenizer import Tokenizer as ModelTokenizer
+
+    path = resolve_model(config.model)
+    model_config = read_config(path)
+    tokenizer = ModelTokenizer.from_directory(path)
+    return _Files(path, model_config, tokenizer, compute_dtype(config, model_config.dtype))
+
+
+def _size_up(config: EngineConfig, files: _Files, item_bytes: int) -> _Sizes:
+    layout = model_layout(config, files.config, item_bytes)
+    device_slots, host_slots = count_slots(config, layout)
+    return _Sizes(
+        layout=layout,
+        device_slots=device_slots,
+        host_slots=host_slots,
+        max_model_len=longest_sequence(config, layout, files.config.max_positions),
+        weight_bytes=files.config.num_parameters * item_bytes,
+    )
+
+
+def _runner(
+    config: EngineConfig, sizes: _Sizes, decoder: Decoder, layers: Sequence[Tensor]
+) -> ModelRunner:
+    from pie_async.model.runner import ModelRunner
+
+    return ModelRunner(
+        decoder,
+        layers,
+        lanes=config.max_running_sequences,
+        max_blocks=sizes.layout.blocks_for(sizes.max_model_len) + 1,
+        block_tokens=config.block_tokens,
+    )
+
+
+def _parts(config: EngineConfig, files: _Files, sizes: _Sizes, device: Device) -> Parts:
     info = ModelInfo(
         name=served_name(config.model),
-        family=model_config.family,
-        dtype=dtype_name,
-        vocab_size=model_config.vocab_size,
-        max_model_len=max_model_len,
-        num_parameters=model_config.num_parameters,
-        weight_bytes=model_config.num_parameters * dtype.itemsize,
+        family=files.config.family,
+        dtype=files.dtype_name,
+        vocab_size=files.config.vocab_size,
+        max_model_len=sizes.max_model_len,
+        num_parameters=files.config.num_parameters,
+        weight_bytes=sizes.weight_bytes,
     )
-    eos_ids = frozenset(model_config.eos_ids) | frozenset(tokenizer.eos_ids)
-    return Parts(device=device, tokenizer=tokenizer, model=info, eos_ids=eos_ids)
+    eos_ids = frozenset(files.config.eos_ids) | frozenset(files.tokenizer.eos_ids)
+    return Parts(device=device, tokenizer=files.tokenizer, model=info, eos_ids=eos_ids)
+
+
+def compute_dtype(config: EngineConfig, model_dtype: str) -> str:
+    """What the model computes in: as configured, else what suits the device."""
+    if config.dtype != "auto":
+        return config.dtype
+    return model_dtype if config.device == "cuda" else "float32"
 
 
 class _KvShape(Protocol):
@@ -130,9 +234,14 @@ class _KvShape(Protocol):
     def head_dim(self) -> int: ...
 
 
-def cpu_layout(config: EngineConfig, shape: _KvShape, item_bytes: int) -> KvLayout:
-    """KV on the CPU device. Unless configured, a few groups of several layers: handing one over
-    between threads costs as much as computing a small layer."""
+def model_layout(config: EngineConfig, shape: _KvShape, item_bytes: int) -> KvLayout:
+    """KV on the CPU and on a GPU.
+
+    Unless configured, a GPU stages layer by layer, and the CPU a few groups of several layers:
+    handing one over between threads costs as much as computing a small layer.
+    """
+    if config.device == "cuda":
+        return _layout(config, shape, item_bytes, layer_group=1, ring_depth=3)
     group = -(-shape.num_layers // CPU_LAYER_GROUPS)
     return _layout(config, shape, item_bytes, layer_group=group, ring_depth=2)
 

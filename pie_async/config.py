@@ -12,7 +12,7 @@ from pie_async.errors import ConfigError
 
 KIB, MIB, GIB, TIB = 2**10, 2**20, 2**30, 2**40
 
-DeviceName = Literal["cpu", "sim"]
+DeviceName = Literal["cpu", "cuda", "sim"]
 DtypeName = Literal["auto", "float32", "float16", "bfloat16"]
 
 BUILTIN_MODEL = "builtin"
@@ -30,7 +30,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """A local Hugging Face directory, a hub id, or "builtin"."""
     device: DeviceName = "cpu"
     dtype: DtypeName = "auto"
-    """What the model computes in; "auto" is float32 on the CPU."""
+    """What the model computes in; "auto" is float32 on the CPU, the model's own on a GPU."""
     device_kv_bytes: int = 256 * MIB
     """The device arena: KV that is resident."""
     host_pool_bytes: int = 1 * GIB

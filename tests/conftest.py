@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+import pytest
 import uvloop
 
 from pie_async.runtime.virtual_time import VirtualTimeLoop
+
+
+def pytest_runtest_setup(item):
+    """Tests on a GPU are skipped, with the reason, where there is none."""
+    if item.get_closest_marker("gpu"):
+        from support.cuda_rig import why_no_cuda
+
+        if reason := why_no_cuda():
+            pytest.skip(reason)
 
 
 def pytest_asyncio_loop_factories(config, item):

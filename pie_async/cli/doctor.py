@@ -136,7 +136,7 @@ def lines(found: Diagnosis) -> Iterator[str]:
     )
     yield f"memory: {', '.join(_memory(hardware))}"
     if found.torch.gpus:
-        yield f"GPU: {', '.join(found.torch.gpus)} (this version computes on the CPU)"
+        yield f"GPU: {', '.join(found.torch.gpus)} (--device cuda computes on the first)"
     else:
         yield "GPU: none; models run on the CPU, whose memory plays device arena and host pool"
     copies = found.copies

@@ -9,9 +9,10 @@ import msgspec
 from pie_async.assembly import (
     SIM_MODEL,
     SIM_POSITIONS,
+    compute_dtype,
     count_slots,
-    cpu_layout,
     longest_sequence,
+    model_layout,
     served_name,
     sim_layout,
 )
@@ -121,7 +122,7 @@ def _model_shape(config: EngineConfig) -> _Shape:
     from pie_async.model.config import read_config
 
     model = read_config(resolve_model(config.model))
-    dtype = "float32" if config.dtype == "auto" else config.dtype
+    dtype = compute_dtype(config, model.dtype)
     return _Shape(
         name=served_name(config.model),
         family=model.family,
@@ -129,7 +130,7 @@ def _model_shape(config: EngineConfig) -> _Shape:
         num_parameters=model.num_parameters,
         weight_bytes=model.num_parameters * ITEM_BYTES[dtype],
         max_positions=model.max_positions,
-        layout=cpu_layout(config, model, ITEM_BYTES[dtype]),
+        layout=model_layout(config, model, ITEM_BYTES[dtype]),
     )
 
 

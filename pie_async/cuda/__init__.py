@@ -1,1 +1,1 @@
-"""TOUCHES. The NVIDIA device, through cuda-python; nothing of it is built yet."""
+"""TOUCHES. The NVIDIA device, through cuda-python and torch."""

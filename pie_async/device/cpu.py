@@ -267,6 +267,7 @@ class CpuDevice:
         def sample() -> None:
             assert forward.model_pass is not None
             self._model.sample(forward.model_pass)
+            forward.model_pass.collect()
 
         self.compute.put(sample)
 

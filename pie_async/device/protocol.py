@@ -119,7 +119,7 @@ class Device(Protocol):
         """Call back on the event loop, once, when the event fired or can no longer fire."""
 
     def span(self, first: Event, last: Event) -> Span:
-        """What happened between two fired events of one stream."""
+        """What happened between two events of one stream; `notify` announced the last one."""
 
     async def drain(self) -> None:
         """Return when all issued work is done. Never raises."""

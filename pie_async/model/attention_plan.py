@@ -16,6 +16,7 @@ from pie_async.model.attention import (
     Workspace,
     Writes,
 )
+from pie_async.model.transfer import upload
 
 _SPLIT_BYTES = 512 * 1024
 """Padding, per layer, that costs more than the calls of one more batch (measured, 2 cores)."""
@@ -93,7 +94,7 @@ class Planner:
         ]
         if not fresh:
             return Writes(keys, values, None)
-        lane, block = torch.tensor(fresh, device=self._device).unbind(1)
+        lane, block = upload(fresh, self._device).unbind(1)
         return Writes(keys, values, self._tables[lane, block])
 
     def _parts(
@@ -132,7 +133,7 @@ class Planner:
             for span in spans
         ]
         size, device = self._kv.block_tokens, self._device
-        lanes, starts, first, counts = torch.tensor(numbers, device=device).unsqueeze(2).unbind(1)
+        lanes, starts, first, counts = upload(numbers, device).unsqueeze(2).unbind(1)
         most = max(number[3] for number in numbers)
         columns = torch.arange(most, device=device)
         slots = self._tables[lanes, first + torch.where(columns < counts, columns, 0)]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -11,6 +13,7 @@ from torch import Tensor
 from pie_async.ids import SequenceId
 from pie_async.messages import PromptLogprobs, Row, SampledToken
 from pie_async.model.sampling import TokenLogprobs, token_logprobs
+from pie_async.model.transfer import download, upload
 
 _ROWS_AT_ONCE = 64
 """Positions whose logits exist together: a long chunk's over a large vocabulary would not fit."""
@@ -34,8 +37,12 @@ class PromptScorer:
         self._most = kept
         self._kept: OrderedDict[SequenceId, tuple[int, Tensor]] = OrderedDict()
 
-    def score(self, row: Row, hidden: Tensor, prompt_len: int, top: int) -> PromptLogprobs | None:
+    def score(
+        self, row: Row, hidden: Tensor, prompt_len: int, top: int
+    ) -> Callable[[], PromptLogprobs] | None:
         """Scores of the row's tokens that can be scored now; None if there are none.
+
+        Never waits for the device; the scores may be read once it got so far.
 
         Args:
             row: fed token ids, at least the first of them a prompt token.
@@ -52,8 +59,8 @@ class PromptScorer:
             self._keep(row.sequence, row.start + row.num_tokens - 1, hidden[-1:].clone())
         if not tokens:
             return None
-        scored = tuple(self._score(row.sequence, tokens, hidden, top))
-        return PromptLogprobs(row.sequence, first, scored)
+        parts = list(self._score(row.sequence, tokens, hidden, top))
+        return partial(_joined, row.sequence, first, parts)
 
     def _keep(self, sequence: SequenceId, position: int, hidden: Tensor) -> None:
         self._kept[sequence] = position, hidden
@@ -62,12 +69,18 @@ class PromptScorer:
 
     def _score(
         self, sequence: SequenceId, tokens: Sequence[int], hidden: Tensor, top: int
-    ) -> Iterator[SampledToken]:
+    ) -> Iterator[Iterator[SampledToken]]:
         for first in range(0, len(tokens), _ROWS_AT_ONCE):
-            part = torch.tensor(tokens[first : first + _ROWS_AT_ONCE], device=hidden.device)
+            part = upload(tokens[first : first + _ROWS_AT_ONCE], hidden.device)
             logits = self._logits(hidden[first : first + len(part)])
             scores = token_logprobs(logits, part, top)
-            yield from reported([sequence] * len(part), part, scores, [top] * len(part))
+            yield reported([sequence] * len(part), part, scores, [top] * len(part))
+
+
+def _joined(
+    sequence: SequenceId, first: int, parts: Iterable[Iterable[SampledToken]]
+) -> PromptLogprobs:
+    return PromptLogprobs(sequence, first, tuple(chain.from_iterable(parts)))
 
 
 def reported(
@@ -78,11 +91,23 @@ def reported(
 ) -> Iterator[SampledToken]:
     """Tokens as messages, with logprobs for rows that asked for them.
 
+    Starts to bring them to the host at once; iterate once the device got so far.
+
     Args:
         tokens: [n] int64.
         scores: of these tokens; None if no row asked.
         tops: per row, how many of the likeliest tokens; None: no logprobs at all.
     """
+    host_scores = None if scores is None else TokenLogprobs(*map(download, scores))
+    return _messages(sequences, download(tokens), host_scores, tops)
+
+
+def _messages(
+    sequences: Sequence[SequenceId],
+    tokens: Tensor,
+    scores: TokenLogprobs | None,
+    tops: Sequence[int | None],
+) -> Iterator[SampledToken]:
     ids = tokens.tolist()
     if scores is None:
         for sequence, token in zip(sequences, ids, strict=True):

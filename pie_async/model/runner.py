@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -20,12 +20,13 @@ from pie_async.model.attention_plan import Planner, Span, order_spans
 from pie_async.model.decoder import Decoder
 from pie_async.model.prompt_scoring import PromptScorer, reported
 from pie_async.model.sampling import LaneSampler
+from pie_async.model.transfer import upload
 
 
 class ModelPass:
     """One iteration on its way through the layers.
 
-    `sampled` and `prompt_logprobs` are set by `ModelRunner.sample`.
+    `sampled` and `prompt_logprobs` are set by `collect`.
     """
 
     def __init__(self, rows: Sequence[Row], plans: dict[int | None, AttentionPlan]) -> None:
@@ -36,6 +37,15 @@ class ModelPass:
         self.rotation: tuple[Tensor, Tensor] | None = None
         self.sampled: tuple[SampledToken, ...] = ()
         self.prompt_logprobs: tuple[PromptLogprobs, ...] = ()
+        self.reports: Iterable[SampledToken] = ()
+        self.scores: list[Callable[[], PromptLogprobs]] = []
+
+    def collect(self) -> None:
+        """Read what `ModelRunner.sample` brought to the host; once the device got so far."""
+        if self.reports:
+            self.sampled, self.reports = tuple(self.reports), ()
+        if self.scores:
+            self.prompt_logprobs, self.scores = tuple(read() for read in self.scores), []
 
 
 class ModelRunner:
@@ -110,14 +120,17 @@ class ModelRunner:
 
     @torch.inference_mode()
     def sample(self, forward: ModelPass) -> None:
-        """Sample every row that asks for it; score prompts where asked for."""
+        """Sample every row that asks for it; score prompts where asked for.
+
+        Never waits for the device; `ModelPass.collect` reads the outcome.
+        """
         ends = _ends(forward.rows)
         sampled = [i for i, row in enumerate(forward.rows) if row.is_sampled]
         if sampled:
-            last = torch.tensor([ends[i] - 1 for i in sampled], device=self._device)
+            last = upload([ends[i] - 1 for i in sampled], self._device)
             rows = [forward.rows[i] for i in sampled]
-            forward.sampled = self._sample(rows, forward.hidden[last])
-        forward.prompt_logprobs = tuple(self._scores(forward, ends))
+            forward.reports = self._sample(rows, forward.hidden[last])
+        forward.scores = list(self._scores(forward, ends))
 
     def _update_tables(self, updates: Iterable[TableUpdate]) -> None:
         # A dict, so that of two updates to one entry the later one counts.
@@ -127,9 +140,7 @@ class ModelRunner:
             for i, slot in enumerate(update.slots)
         }
         if entries:
-            where, slots = torch.tensor(
-                (list(entries), list(entries.values())), device=self._device
-            )
+            where, slots = upload((list(entries), list(entries.values())), self._device)
             self._tables.view(-1).index_copy_(0, where, slots)
 
     def _fed(self, rows: Sequence[Row]) -> tuple[Tensor, Tensor, Tensor]:
@@ -142,7 +153,7 @@ class ModelRunner:
             lanes += [row.lane] * count
             positions += range(row.start, row.start + count)
             tokens += row.tokens or (-1,)
-        fed = torch.tensor((lanes, positions, tokens), dtype=torch.int64, device=self._device)
+        fed = upload((lanes, positions, tokens), self._device, torch.int64)
         lane, position, token = fed.unbind(0)
         if any(not row.tokens for row in rows):
             token = torch.where(token < 0, self._last_tokens[lane], token)
@@ -157,21 +168,22 @@ class ModelRunner:
         prompts = [
             self._bindings[row.lane].prompt_len for row in rows for _ in range(row.num_tokens)
         ]
-        return rotary.factors(
-            positions, torch.maximum(positions + 1, torch.tensor(prompts, device=self._device))
-        )
+        lengths = torch.maximum(positions + 1, upload(prompts, self._device))
+        return rotary.factors(positions, lengths)
 
-    def _sample(self, rows: Sequence[Row], hidden: Tensor) -> tuple[SampledToken, ...]:
+    def _sample(self, rows: Sequence[Row], hidden: Tensor) -> Iterator[SampledToken]:
         numbers = [(row.lane, row.start + row.num_tokens) for row in rows]
-        lanes, positions = torch.tensor(numbers, device=self._device).unbind(1)
+        lanes, positions = upload(numbers, self._device).unbind(1)
         needs = self._sampler.needs(row.lane for row in rows)
         chosen = self._sampler.sample(self._decoder.logits(hidden), lanes, positions, needs)
         self._last_tokens[lanes] = chosen.tokens
         wanted = [self._bindings[row.lane].sampling.logprobs for row in rows]
         sequences = [row.sequence for row in rows]
-        return tuple(reported(sequences, chosen.tokens, chosen.logprobs, wanted))
+        return reported(sequences, chosen.tokens, chosen.logprobs, wanted)
 
-    def _scores(self, forward: ModelPass, ends: Sequence[int]) -> Iterable[PromptLogprobs]:
+    def _scores(
+        self, forward: ModelPass, ends: Sequence[int]
+    ) -> Iterator[Callable[[], PromptLogprobs]]:
         for row, end in zip(forward.rows, ends, strict=True):
             binding = self._bindings[row.lane]
             count = binding.sampling.prompt_logprobs

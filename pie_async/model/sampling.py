@@ -22,6 +22,7 @@ from torch import Tensor
 
 from pie_async.messages import LaneBinding
 from pie_async.model.noise import gumbel_noise, seed_key, token_codes
+from pie_async.model.transfer import upload
 from pie_async.model.truncation import cuts, relative_logprobs
 from pie_async.sampling_params import SamplingParams
 
@@ -99,13 +100,15 @@ class LaneSampler:
         lane, params = binding.lane, binding.sampling
         self._needs[lane] = _needs_of(binding)
         self._all_needs = None
-        self._reals[lane] = torch.tensor([getattr(params, name) for name in _REALS])
-        self._integers[lane] = torch.tensor(
+        reals = [getattr(params, name) for name in _REALS]
+        self._reals[lane] = upload(reals, self._device, torch.float32)
+        self._integers[lane] = upload(
             [
                 max(params.top_k, 0),
                 seed_key(binding.seed),
                 binding.prompt_len + params.min_tokens,
-            ]
+            ],
+            self._device,
         )
         bias = params.logit_bias or {}
         self._bias.set(lane, list(bias), list(bias.values()))
@@ -168,7 +171,7 @@ class LaneSampler:
             self._seen = torch.zeros(shape, dtype=torch.bool, device=self._device)
             self._counts = torch.zeros(shape, dtype=torch.int32, device=self._device)
         assert self._counts is not None
-        tokens = torch.tensor(history, dtype=torch.int64).to(self._device)
+        tokens = upload(history, self._device, torch.int64)
         output = tokens[prompt_len:]
         self._seen[lane].zero_()[tokens] = True
         self._counts[lane].zero_().index_add_(0, output, torch.ones_like(output, dtype=torch.int32))
@@ -266,8 +269,8 @@ class _SparseLogits:
             self._values = torch.nn.functional.pad(self._values, width)
         self._values[lane] = 0.0
         if ids:
-            self._ids[lane, : len(ids)] = torch.tensor(ids).to(self._ids.device)
-            self._values[lane, : len(ids)] = torch.tensor(values).to(self._values.device)
+            self._ids[lane, : len(ids)] = upload(ids, self._ids.device)
+            self._values[lane, : len(ids)] = upload(values, self._values.device)
 
     def add_to(self, logits: Tensor, lanes: Tensor, rows: Tensor | None = None) -> None:
         """Add to all rows, or to those where `rows` ([n] bool) is true."""

@@ -74,7 +74,7 @@ def test_version_and_the_list_of_commands(capsys):
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["serve", "--device", "tpu"], "'tpu' is not one of cpu, sim"),
+        (["serve", "--device", "tpu"], "'tpu' is not one of cpu, cuda, sim"),
         (["serve", "--dtype", "int4"], "auto, float32, float16, bfloat16"),
         (["serve", "--device-kv", "12x"], "64MiB, 1.5GiB or 500MB"),
         (["serve", "--port", "70000"], "65535"),

@@ -7,6 +7,7 @@ import threading
 
 import pytest
 from support.cpu_rig import cpu_rig
+from support.cuda_rig import cuda_rig, fake_cuda_rig
 from support.device_rigs import SLOW_LINK_BYTES_PER_S, VOCAB, Rig, sim_rig
 from support.device_scripts import (
     feed,
@@ -91,16 +92,17 @@ class DeviceContract:
         assert 0 <= token.token < VOCAB
 
     async def test_a_wait_orders_work_after_another_streams_event(self, device: Device):
-        def work() -> tuple[Event, Event]:
+        order: list[str] = []
+
+        def work() -> None:
             device.demote(moves(range(8), range(8)))
             copied = device.d2h.record()
+            device.notify(copied, lambda _: order.append("copied"))
             device.compute.wait(copied)
-            return copied, run_resident(device, prefill(0, PROMPT, (0, 1, 2)))[1]
+            _, computed = run_resident(device, prefill(0, PROMPT, (0, 1, 2)))
+            device.notify(computed, lambda _: order.append("computed"))
 
-        order: list[str] = []
-        copied, computed = await issue(device, work)
-        device.notify(computed, lambda _: order.append("computed"))
-        device.notify(copied, lambda _: order.append("copied"))
+        await issue(device, work)
         await device.drain()
         await asyncio.sleep(0)
         assert order == ["copied", "computed"]
@@ -192,6 +194,7 @@ class DeviceContract:
 
         began, done, copy_began, copied = await issue(device, work)
         await fired(device, done)
+        await fired(device, copied)
         compute, copy = device.span(began, done), device.span(copy_began, copied)
         assert compute.waited_s > 0
         assert compute.busy_s > 0
@@ -255,3 +258,17 @@ class TestSimDevice(DeviceContract):
 class TestCpuDevice(DeviceContract):
     def build(self, tmp_path) -> Rig:
         return cpu_rig(tmp_path)
+
+
+@pytest.mark.realtime
+class TestCudaDeviceWithoutAGpu(DeviceContract):
+    """Everything of it but the driver."""
+
+    def build(self, tmp_path) -> Rig:
+        return fake_cuda_rig(tmp_path)
+
+
+@pytest.mark.gpu
+class TestCudaDevice(DeviceContract):
+    def build(self, tmp_path) -> Rig:
+        return cuda_rig(tmp_path)

@@ -87,6 +87,7 @@ def test_sequence_that_changes_lanes_between_chunks_is_scored_without_a_gap(peer
     forward = runner.runner.begin(command)
     runner.runner.run_layers(forward, range(3))
     runner.runner.sample(forward)
+    forward.collect()
     entries = [
         pair
         for entry in (*first, *forward.prompt_logprobs)

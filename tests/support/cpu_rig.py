@@ -43,7 +43,7 @@ def cpu_rig(directory: Path) -> Rig:
     return Rig(device, contents, lambda: device.compute.put(raise_fault))
 
 
-def random_decoder(directory: Path) -> Decoder:
+def random_decoder(directory: Path, device: torch.device | None = None) -> Decoder:
     """A tiny Llama of the simulated shape; the same weights every time."""
     config = {
         "model_type": "llama",
@@ -62,8 +62,8 @@ def random_decoder(directory: Path) -> Decoder:
         "torch_dtype": "float32",
     }
     (directory / "config.json").write_text(json.dumps(config))
-    decoder = Decoder(read_config(directory), torch.float32, torch.device("cpu"))
+    decoder = Decoder(read_config(directory), torch.float32, device or torch.device("cpu"))
     generator = torch.Generator().manual_seed(7)
     for tensor in decoder.parameters.by_name.values():
-        tensor.normal_(0.0, 0.3, generator=generator)
+        tensor.copy_(torch.empty(tensor.shape).normal_(0.0, 0.3, generator=generator))
     return decoder

@@ -132,6 +132,7 @@ class DirectRunner:
             self.runner.run_layers(forward, range(layer, layer + 1))
         self._logits = []
         self.runner.sample(forward)
+        forward.collect()
         for token, logits in zip(forward.sampled, self._logits, strict=True):
             self.logits[token.sequence - 100].append(logits)
         return forward.sampled, forward.prompt_logprobs

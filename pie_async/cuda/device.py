@@ -1,0 +1,242 @@
+"""An NVIDIA GPU as a device.
+
+Three CUDA streams; one launch thread that issues to all of them and never waits for the GPU;
+one thread per stream that sleeps until an event fires. Built as `device/cpu.py` is, so the two
+can be read side by side.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import partial
+from queue import SimpleQueue
+from typing import TYPE_CHECKING
+
+import torch
+
+from pie_async.core.layout import KvLayout
+from pie_async.cuda.block_copy import runs_of, to_device, to_host
+from pie_async.cuda.event_waiter import EventWaiter
+from pie_async.cuda.host_arena import CHUNK_BYTES, HostArena
+from pie_async.cuda.streams import CudaEvent, CudaStream
+from pie_async.cuda.vmm import DeviceArena
+from pie_async.device.protocol import Event, MemoryPlan, Pass, Span
+from pie_async.errors import DeviceFault
+from pie_async.messages import BlockMove, CopyRun, PromptLogprobs, RunIteration, SampledToken
+
+if TYPE_CHECKING:
+    from pie_async.cuda.driver import Copy, Driver
+    from pie_async.model.runner import ModelPass, ModelRunner
+
+Work = Callable[[], None]
+
+
+class CudaPass:
+    """One iteration on its way through the compute stream."""
+
+    def __init__(self, command: RunIteration) -> None:
+        self.command = command
+        self.model_pass: ModelPass | None = None
+
+    @property
+    def sampled(self) -> tuple[SampledToken, ...]:
+        return self._collected.sampled
+
+    @property
+    def prompt_logprobs(self) -> tuple[PromptLogprobs, ...]:
+        return self._collected.prompt_logprobs
+
+    @property
+    def _collected(self) -> ModelPass:
+        assert self.model_pass is not None
+        self.model_pass.collect()
+        return self.model_pass
+
+
+class CudaDevice:
+    """Implements `device/protocol.py` with CUDA.
+
+    The caller builds the model runner over `arena.layers` and hands it in with `load`.
+    """
+
+    def __init__(
+        self,
+        driver: Driver,
+        layout: KvLayout,
+        *,
+        device_slots: int,
+        host_slots: int,
+        dtype: torch.dtype,
+        poisons: bool = False,
+        chunk_bytes: int = CHUNK_BYTES,
+    ) -> None:
+        """Set memory aside.
+
+        Args:
+            driver: of the GPU; closed with the device.
+            dtype: of the KV.
+            poisons: overwrite staging buffers with NaN once they have been read.
+            chunk_bytes: that the host pool is pinned in.
+
+        Raises:
+            ConfigError: the card has too little memory, or the host pool cannot be pinned.
+        """
+        self._driver = driver
+        self.arena = DeviceArena(
+            driver, layout, device_slots=device_slots, staging_slots=host_slots, dtype=dtype
+        )
+        try:
+            self._host = HostArena(driver, layout, slots=host_slots, chunk_bytes=chunk_bytes)
+        except Exception:
+            self.arena.close()
+            raise
+        self.memory = MemoryPlan(
+            layout=layout,
+            device_slots=device_slots,
+            first_staging_slot=self.arena.first_staging_slot,
+            staging_slots=host_slots,
+            host_slots=host_slots,
+        )
+        self.compute = CudaStream("compute", driver)
+        self.h2d = CudaStream("h2d", driver)
+        self.d2h = CudaStream("d2h", driver)
+        self._waiters = {
+            stream: EventWaiter(stream, driver) for stream in (self.compute, self.h2d, self.d2h)
+        }
+        self._poisons = poisons
+        self._runner: ModelRunner | None = None
+        self._issues: SimpleQueue[Work | None] = SimpleQueue()
+        self._launcher = threading.Thread(target=self._launch, name="pie-launch", daemon=True)
+
+    def load(self, runner: ModelRunner) -> None:
+        """The model that passes run; before the first pass. Its parameters are filled."""
+        self._driver.synchronize_device()  # they were on torch's own stream
+        self._runner = runner
+
+    def start(self, loop: asyncio.AbstractEventLoop) -> None:
+        for waiter in self._waiters.values():
+            waiter.start(loop)
+        self._launcher.start()
+
+    def launch(self, issue: Work) -> None:
+        self._issues.put(issue)
+
+    def _launch(self) -> None:
+        self._driver.enter_thread()
+        while (issue := self._issues.get()) is not None:
+            issue()
+
+    # --- compute ----------------------------------------------------------------------------
+
+    def begin_pass(self, command: RunIteration) -> CudaPass:
+        forward = CudaPass(command)
+
+        def begin() -> None:
+            forward.model_pass = self._model.begin(command)
+
+        self._compute(begin)
+        return forward
+
+    def run_layers(self, forward: Pass, layers: range, *, is_staged: bool) -> None:
+        def run() -> None:
+            self._model.run_layers(_model_pass(forward), layers)
+            if is_staged and self._poisons:
+                first = self.arena.first_staging_slot
+                for layer in layers:
+                    staging = self.arena.layers[layer][first : first + self.arena.staging_slots]
+                    staging.fill_(float("nan"))
+
+        self._compute(run)
+
+    def sample(self, forward: Pass) -> None:
+        self._compute(lambda: self._model.sample(_model_pass(forward)))
+
+    def _compute(self, work: Work) -> None:
+        """Issue torch operations to the compute stream."""
+        if self.compute.fault is not None:
+            return
+        try:
+            with self._driver.torch_on(self.compute.handle), torch.inference_mode():
+                work()
+        except Exception as error:  # surfaces at the next event
+            self.compute.fail(error)
+
+    @property
+    def _model(self) -> ModelRunner:
+        assert self._runner is not None, "load() comes before the first pass"
+        return self._runner
+
+    # --- copies -----------------------------------------------------------------------------
+
+    def stage_layer(self, layer: int, runs: Sequence[CopyRun]) -> None:
+        self._copy(self.h2d, partial(self._to_device, range(layer, layer + 1), runs))
+
+    def promote(self, moves: Sequence[BlockMove]) -> None:
+        self._copy(self.h2d, partial(self._to_device, self._layers, runs_of(moves)))
+
+    def demote(self, moves: Sequence[BlockMove]) -> None:
+        size, runs = self.memory.layout.layer_block_bytes, runs_of(moves)
+        self._copy(self.d2h, partial(to_host, self._host, self.arena, self._layers, runs, size))
+
+    def _to_device(self, layers: range, runs: Sequence[CopyRun]) -> list[Copy]:
+        size = self.memory.layout.layer_block_bytes
+        return to_device(self._host, self.arena, layers, runs, size)
+
+    @property
+    def _layers(self) -> range:
+        return range(self.memory.layout.num_layers)
+
+    def _copy(self, stream: CudaStream, find: Callable[[], Sequence[Copy]]) -> None:
+        if stream.fault is not None:
+            return
+        try:
+            self._driver.copy(find(), stream.handle)
+        except Exception as error:  # surfaces at the next event
+            stream.fail(error)
+
+    # --- completions ------------------------------------------------------------------------
+
+    def notify(self, event: Event, callback: Callable[[BaseException | None], None]) -> None:
+        assert isinstance(event, CudaEvent)
+        self._waiters[event.stream].notify(event, callback)
+
+    def span(self, first: Event, last: Event) -> Span:
+        assert isinstance(first, CudaEvent) and isinstance(last, CudaEvent)
+        return Span(last.busy_s - first.busy_s, last.waited_s - first.waited_s)
+
+    async def drain(self) -> None:
+        loop = asyncio.get_running_loop()
+        for stream in self._waiters:
+            idle: asyncio.Future[BaseException | None] = loop.create_future()
+            self.launch(lambda s=stream, i=idle: self.notify(s.record(), i.set_result))  # type: ignore[misc]
+            await idle
+
+    def close(self) -> None:
+        self._issues.put(None)
+        if self._launcher.is_alive():
+            self._launcher.join()
+        for waiter in self._waiters.values():
+            waiter.close()
+        self._runner = None
+        # A context that is lost refuses to free what is lost with it.
+        with suppress(DeviceFault):
+            self._free()
+
+    def _free(self) -> None:
+        self._driver.enter_thread()
+        for stream in self._waiters:
+            self._driver.synchronize_stream(stream.handle)
+            # torch may still hold memory that it used on the compute stream.
+            stream.close(is_kept=stream is self.compute)
+        self._host.close()
+        self.arena.close()
+        self._driver.close()
+
+
+def _model_pass(forward: Pass) -> ModelPass:
+    assert isinstance(forward, CudaPass)
+    assert forward.model_pass is not None
+    return forward.model_pass

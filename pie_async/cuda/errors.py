@@ -1,0 +1,63 @@
+"""What the CUDA driver reports, in the project's own words; and whether CUDA is here at all."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import torch
+
+from pie_async.errors import ConfigError, DeviceFault
+
+LEAST_CAPABILITY = (7, 5)
+"""Turing: what CUDA 13 still compiles for."""
+
+
+class CudaFault(DeviceFault):
+    """A call to the CUDA driver failed.
+
+    Attributes:
+        name: the driver's name of the error, for example "CUDA_ERROR_OUT_OF_MEMORY".
+    """
+
+    def __init__(self, doing: str, name: str, explanation: str) -> None:
+        self.name = name
+        super().__init__(f"CUDA failed while {doing}: {name} ({explanation})")
+
+    @property
+    def is_out_of_memory(self) -> bool:
+        return self.name == "CUDA_ERROR_OUT_OF_MEMORY"
+
+
+def require_cuda() -> None:
+    """Say in one line what is missing for device "cuda".
+
+    Raises:
+        ConfigError: torch was built without CUDA, cuda-python is missing, there is no GPU, or
+            it is too old.
+    """
+    if torch.version.cuda is None:
+        raise _unusable(
+            f"torch {torch.__version__} was built without CUDA; install a CUDA build of torch"
+        )
+    if importlib.util.find_spec("cuda") is None or not _has_bindings():
+        raise _unusable("cuda-python is missing; pip install 'pie-async[cuda]'")
+    if not torch.cuda.is_available():
+        raise _unusable(
+            "no NVIDIA GPU is visible; look at nvidia-smi and CUDA_VISIBLE_DEVICES, and whether "
+            f"the driver is recent enough for CUDA {torch.version.cuda}"
+        )
+    capability = torch.cuda.get_device_capability()
+    if capability < LEAST_CAPABILITY:
+        major, minor = LEAST_CAPABILITY
+        raise _unusable(
+            f"{torch.cuda.get_device_name()} has compute capability "
+            f"{capability[0]}.{capability[1]}, and {major}.{minor} is the least that works"
+        )
+
+
+def _has_bindings() -> bool:
+    return importlib.util.find_spec("cuda.bindings") is not None
+
+
+def _unusable(reason: str) -> ConfigError:
+    return ConfigError(f"device cuda cannot be used: {reason}, or use device cpu", option="device")

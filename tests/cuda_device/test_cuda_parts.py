@@ -1,0 +1,254 @@
+"""The CUDA device's parts on a stand-in for the driver: memory, copies, events, errors."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+
+import pytest
+import torch
+from support.cuda_rig import CHUNK_BYTES, cuda_device
+from support.device_rigs import LAYOUT
+from support.device_scripts import fired, issue, moves, prefill, run_resident
+from support.fake_cuda_driver import FakeDriver
+
+from pie_async import LLM
+from pie_async.cuda import errors
+from pie_async.cuda.block_copy import runs_of, to_device, to_host
+from pie_async.cuda.errors import CudaFault
+from pie_async.cuda.host_arena import HostArena
+from pie_async.cuda.vmm import DeviceArena
+from pie_async.errors import ConfigError, DeviceFault
+from pie_async.messages import CopyRun
+
+pytestmark = pytest.mark.realtime
+
+SLOT = LAYOUT.layer_block_bytes
+
+
+@pytest.fixture
+def driver():
+    driver = FakeDriver()
+    yield driver
+    driver.close()
+    assert driver.leftovers() == []
+
+
+def arena(driver: FakeDriver, **how) -> DeviceArena:
+    sizes = {"device_slots": 10, "staging_slots": 8, "dtype": torch.float32, **how}
+    return DeviceArena(driver, LAYOUT, **sizes)
+
+
+# --- the device arena -------------------------------------------------------------------------
+
+
+def test_layers_of_one_ring_buffer_share_their_staging_slots_and_nothing_else(driver):
+    one = arena(driver)
+    for layer, view in enumerate(one.layers):
+        view[0].fill_(layer)
+        view[one.first_staging_slot].fill_(layer)
+    for layer, view in enumerate(one.layers):
+        assert bool((view[0] == layer).all())
+        last_writer = max(
+            other
+            for other in range(LAYOUT.num_layers)
+            if LAYOUT.ring_buffer(other) == LAYOUT.ring_buffer(layer)
+        )
+        assert bool((view[one.first_staging_slot] == last_writer).all())
+    del view
+    one.close()
+
+
+def test_the_ring_takes_as_much_memory_as_its_buffers_not_as_its_layers(driver):
+    before = driver.free_bytes()
+    one = arena(driver, staging_slots=1000)
+    taken = before - driver.free_bytes()
+    pages = (10 * SLOT + 4095) // 4096 * LAYOUT.num_layers
+    pages += (1000 * SLOT + 4095) // 4096 * LAYOUT.ring_layers
+    assert taken == pages * 4096
+    one.close()
+    assert driver.free_bytes() == before
+
+
+def test_the_ring_grows_and_keeps_what_it_holds(driver):
+    one = arena(driver, staging_slots=8, most_staging_slots=64)
+    first = one.first_staging_slot
+    one.layers[0][first + 7].fill_(7.0)
+    one.grow(64)
+    one.layers[0][first + 63].fill_(63.0)
+    shared = LAYOUT.ring_layers
+    assert bool((one.layers[shared][first + 7] == 7.0).all())
+    assert bool((one.layers[shared][first + 63] == 63.0).all())
+    assert one.staging_slots == 64
+    one.close()
+
+
+def test_too_little_memory_on_the_card_names_the_options_and_leaves_nothing_behind():
+    driver = FakeDriver(memory_bytes=20_000)
+    with pytest.raises(ConfigError, match="free; lower device_kv_bytes or host_pool_bytes"):
+        arena(driver)
+    assert driver.leftovers() == []
+
+
+# --- the host arena ---------------------------------------------------------------------------
+
+
+def test_one_layer_of_neighbouring_slots_is_one_piece_within_a_chunk(driver):
+    host = HostArena(driver, LAYOUT, slots=16, chunk_bytes=CHUNK_BYTES)
+    assert [count for _, count in host.pieces(3, 0, 5)] == [5]
+    assert [count for _, count in host.pieces(3, 3, 9)] == [2, 5, 2]
+    host.close()
+
+
+def test_no_two_slots_of_any_layer_overlap(driver):
+    host = HostArena(driver, LAYOUT, slots=16, chunk_bytes=CHUNK_BYTES)
+    starts = sorted(
+        address
+        for layer in range(LAYOUT.num_layers)
+        for slot in range(16)
+        for address, _ in host.pieces(layer, slot, 1)
+    )
+    assert len(starts) == 80
+    assert all(b - a >= SLOT for a, b in itertools.pairwise(starts))
+    host.close()
+
+
+def test_a_refusal_to_pin_at_start_is_an_error_of_the_configuration():
+    with pytest.raises(ConfigError, match=r"refuses to pin .* lower host_pool_bytes"):
+        HostArena(FakeDriver(pinnable_bytes=100), LAYOUT, slots=16)
+
+
+def test_a_refusal_to_pin_later_is_told_to_whoever_needs_that_memory():
+    driver = FakeDriver(pinnable_bytes=2 * CHUNK_BYTES)
+    host = HostArena(driver, LAYOUT, slots=16, chunk_bytes=CHUNK_BYTES)
+    assert [count for _, count in host.pieces(0, 5, 5)] == [5]
+    with pytest.raises(ConfigError, match=r"after 25\.0 KiB of the pool"):
+        list(host.pieces(0, 10, 1))
+    host.close()
+    assert driver.leftovers() == []
+
+
+# --- copies -----------------------------------------------------------------------------------
+
+
+def test_neighbours_on_both_sides_are_copied_as_one():
+    assert runs_of(moves((4, 5, 9, 6, 20), (0, 1, 2, 3, 4))) == [
+        CopyRun(0, 4, 2),
+        CopyRun(2, 9, 1),
+        CopyRun(3, 6, 1),
+        CopyRun(4, 20, 1),
+    ]
+
+
+def test_copies_both_ways_move_the_same_bytes(driver):
+    host = HostArena(driver, LAYOUT, slots=16, chunk_bytes=CHUNK_BYTES)
+    one = arena(driver)
+    runs = [CopyRun(3, 1, 4)]
+    there = to_device(host, one, range(2), runs, SLOT)
+    back = to_host(host, one, range(2), runs, SLOT)
+    assert [(b, a, n) for a, b, n in there] == back
+    assert [n for _, _, n in there] == [2 * SLOT, 2 * SLOT] * 2  # a chunk's border in between
+    one.close()
+    host.close()
+
+
+# --- the device -------------------------------------------------------------------------------
+
+
+async def test_everything_is_given_back_at_the_end(tmp_path):
+    driver = FakeDriver()
+    device = cuda_device(tmp_path, driver)
+    device.start(asyncio.get_running_loop())
+    forward, done = await issue(
+        device, lambda: run_resident(device, prefill(0, tuple(range(10, 21)), (0, 1, 2)))
+    )
+    await fired(device, done)
+    assert len(forward.sampled) == 1
+    await device.drain()
+    device.close()
+    assert driver.leftovers() == []
+    assert driver.streams == {}
+
+
+async def test_cuda_events_are_used_again(tmp_path):
+    driver = FakeDriver()
+    device = cuda_device(tmp_path, driver)
+    device.start(asyncio.get_running_loop())
+
+    def wait_a_little() -> object:
+        device.compute.wait(device.h2d.record())
+        return device.compute.record()
+
+    for _ in range(200):
+        await fired(device, await issue(device, wait_a_little))
+    await device.drain()
+    # h2d's are settled by the drain alone: nobody asked for them before
+    assert len(device.compute._handles) < 10
+    device.close()
+
+
+async def test_an_error_found_by_the_gpu_fails_what_waits_and_lets_the_device_close(tmp_path):
+    driver = FakeDriver()
+    device = cuda_device(tmp_path, driver)
+    device.start(asyncio.get_running_loop())
+    event = await issue(device, device.compute.record)
+    driver.failing = "CUDA_ERROR_ILLEGAL_ADDRESS"
+    with pytest.raises(DeviceFault, match="CUDA_ERROR_ILLEGAL_ADDRESS"):
+        await fired(device, event)
+    later = await issue(device, device.compute.record)
+    with pytest.raises(DeviceFault, match="CUDA_ERROR_ILLEGAL_ADDRESS"):
+        await fired(device, later)
+    await device.drain()
+    device.close()
+
+
+async def test_an_operation_that_torch_refuses_surfaces_at_the_next_event(tmp_path):
+    device = cuda_device(tmp_path, FakeDriver())
+    device.start(asyncio.get_running_loop())
+    bad = prefill(0, (10_000,), (0,))  # beyond the vocabulary
+    _, done = await issue(device, lambda: run_resident(device, bad))
+    with pytest.raises(DeviceFault, match="the compute stream failed: IndexError"):
+        await fired(device, done)
+    await device.drain()
+    device.close()
+
+
+# --- what is missing --------------------------------------------------------------------------
+
+
+def test_a_torch_without_cuda_is_named_in_one_line(monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", None)
+    with pytest.raises(ConfigError, match="built without CUDA; install a CUDA build") as caught:
+        LLM(device="cuda")
+    assert caught.value.option == "device"
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_cuda_python_names_the_extra(monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(errors, "_has_bindings", lambda: False)
+    with pytest.raises(ConfigError, match=r"pip install 'pie-async\[cuda\]'"):
+        errors.require_cuda()
+
+
+def test_no_gpu_says_where_to_look(monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(errors, "_has_bindings", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match="no NVIDIA GPU is visible; look at nvidia-smi"):
+        errors.require_cuda()
+
+
+def test_a_gpu_that_is_too_old_is_named(monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(errors, "_has_bindings", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (6, 1))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla P40")
+    with pytest.raises(ConfigError, match=r"Tesla P40 has compute capability 6\.1, and 7\.5"):
+        errors.require_cuda()
+
+
+def test_a_fault_says_what_was_being_done():
+    fault = CudaFault("copying", "CUDA_ERROR_INVALID_VALUE", "invalid argument")
+    assert str(fault) == "CUDA failed while copying: CUDA_ERROR_INVALID_VALUE (invalid argument)"

@@ -1,0 +1,138 @@
+"""The whole engine on the CUDA device: the tokens are those of the CPU, pooled or not.
+
+Once on a GPU, and once on a driver that stands in for it, so that everything but the driver is
+tested everywhere.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import types
+
+import pytest
+from support.fake_cuda_driver import FakeDriver
+
+from pie_async import LLM, Engine, SamplingParams
+from pie_async.cuda import errors
+
+BLOCK_BYTES = 96 * 1024
+"""Of the built-in model in float32: 16 tokens, 6 layers."""
+GREEDY = SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True)
+DRAWN = SamplingParams(
+    temperature=0.9, top_p=0.9, top_k=50, seed=3, max_tokens=30, repetition_penalty=1.1,
+    ignore_eos=True, logprobs=2, prompt_logprobs=1,
+)  # fmt: skip
+
+
+def prompt(number: int, length: int) -> list[int]:
+    return [10 + (number * 131 + i * 17) % 4000 for i in range(length)]
+
+
+PROMPTS = [prompt(number, 24 + 9 * number) for number in range(6)]
+NEED = sum(math.ceil((len(p) + GREEDY.max_tokens) / 16) for p in PROMPTS)
+
+
+def options(device_blocks: int = 400, host_blocks: int = 400, **more) -> dict:
+    return {
+        "device_kv_bytes": device_blocks * BLOCK_BYTES,
+        "host_pool_bytes": host_blocks * BLOCK_BYTES,
+        "dtype": "float32",
+        **more,
+    }
+
+
+def generate(device: str, params: SamplingParams = GREEDY, prompts=PROMPTS, **how):
+    """Each prompt's output, and the engine's stats."""
+    with LLM(device=device, **options(**how)) as llm:
+        outputs = llm.generate(prompts, params, progress=False)
+        return outputs, llm.stats()
+
+
+def tokens(outputs) -> list[tuple[int, ...]]:
+    return [output.outputs[0].token_ids for output in outputs]
+
+
+def same_logprobs(mine, theirs) -> None:
+    for a, b in zip(mine, theirs, strict=True):
+        assert {token: of.rank for token, of in a.items()} == {
+            token: of.rank for token, of in b.items()
+        }
+        for token, of in a.items():
+            assert of.logprob == pytest.approx(b[token].logprob, abs=1e-3)
+
+
+@pytest.fixture(
+    params=[
+        pytest.param("stand-in", marks=pytest.mark.realtime),
+        pytest.param("gpu", marks=pytest.mark.gpu),
+    ]
+)
+def driver(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """What the engines of a test run on."""
+    if request.param == "stand-in":
+        module = types.ModuleType("pie_async.cuda.driver")
+        module.Driver = lambda device: FakeDriver(link_bytes_per_s=2e9)
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+        monkeypatch.setattr(errors, "require_cuda", lambda: None)
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def on_the_cpu() -> list[tuple[int, ...]]:
+    outputs, _ = generate("cpu", host_blocks=0, cpu_threads=1)
+    return tokens(outputs)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {},
+        {"device_blocks": NEED // 4, "streamed_blocks": 100},
+        {"device_blocks": NEED // 4, "streamed_blocks": 100, "debug": True},
+        {"device_blocks": NEED // 4, "streamed_blocks": 100, "layer_group": 2, "ring_depth": 2},
+        {"device_blocks": NEED // 4, "streamed_blocks": 0, "debug": True},
+    ],
+    ids=["resident", "streamed", "streamed-poisoned", "streamed-in-groups", "parked"],
+)
+def test_the_tokens_are_those_of_the_cpu(driver, on_the_cpu, how: dict) -> None:
+    outputs, stats = generate("cuda", **how)
+    assert tokens(outputs) == on_the_cpu
+    if how.get("streamed_blocks"):
+        assert stats.h2d_bytes > 100 * BLOCK_BYTES, "it did not stream"
+    assert (stats.resident_blocks, stats.pooled_blocks) == (0, 0)
+    assert stats.compute_s > 0
+
+
+def test_a_sequence_four_times_larger_than_the_arena_gives_the_same_tokens(driver) -> None:
+    one = [prompt(3, 280)]
+    expected, _ = generate("cpu", GREEDY, one, host_blocks=0, cpu_threads=1)
+    found, stats = generate("cuda", GREEDY, one, device_blocks=5, host_blocks=30, debug=True)
+    assert tokens(found) == tokens(expected)
+    assert stats.demotions >= 15
+
+
+def test_drawn_tokens_and_logprobs_are_reported_as_on_the_cpu(driver) -> None:
+    expected, _ = generate("cpu", DRAWN, PROMPTS[:2], cpu_threads=1)
+    found, _ = generate("cuda", DRAWN, PROMPTS[:2])
+    assert tokens(found) == tokens(expected)
+    for mine, theirs in zip(found, expected, strict=True):
+        assert mine.outputs[0].logprobs and mine.prompt_logprobs
+        same_logprobs(mine.outputs[0].logprobs, theirs.outputs[0].logprobs)
+        same_logprobs(mine.prompt_logprobs[1:], theirs.prompt_logprobs[1:])
+
+
+async def test_engines_come_and_go_in_one_process(driver) -> None:
+    for _ in range(2):
+        async with Engine(device="cuda", **options()) as engine:
+            async for output in engine.generate(PROMPTS[0], GREEDY):
+                last = output
+        assert len(last.outputs[0].token_ids) == GREEDY.max_tokens
+
+
+async def test_auto_computes_in_the_models_own_dtype(driver) -> None:
+    async with Engine(device="cuda", **options(dtype="auto")) as engine:
+        assert engine.model.dtype == "bfloat16"
+        async for output in engine.generate(PROMPTS[0], GREEDY):
+            last = output
+    assert len(last.outputs[0].token_ids) == GREEDY.max_tokens

@@ -1,0 +1,213 @@
+"""Stands in for `cuda/driver.py` on a machine without a GPU.
+
+Streams are threads, device memory is memory, and the same memory can be mapped at several
+addresses. What is asynchronous on a GPU is asynchronous here, but for torch's operations: they
+run in the launch thread, once their stream has caught up. So compute that ignores its copies
+shows here, but copies that overtake compute show on a GPU alone (tests/gpu).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import mmap
+import os
+import threading
+import time
+from contextlib import contextmanager
+from queue import SimpleQueue
+
+import torch
+
+from pie_async.cuda.errors import CudaFault
+from pie_async.device.aliased_arena import _libc, _map
+
+
+class FakeRecord:
+    """One recording of an event."""
+
+    def __init__(self) -> None:
+        self.fired = threading.Event()
+        self.at_s = 0.0
+
+    def fire(self) -> None:
+        self.at_s = time.perf_counter()
+        self.fired.set()
+
+
+class FakeStream:
+    def __init__(self) -> None:
+        self.work: SimpleQueue = SimpleQueue()
+        self.thread = threading.Thread(target=self._run, daemon=True)
+        self.thread.start()
+
+    def _run(self) -> None:
+        while (work := self.work.get()) is not None:
+            work()
+
+
+class FakeDriver:
+    """The driver's methods, and counts of what was not given back.
+
+    Args:
+        link_bytes_per_s: of copies.
+        memory_bytes: that the card has for `create_memory`.
+        pinnable_bytes: that the host lets be pinned.
+    """
+
+    device = torch.device("cpu")
+    page_bytes = mmap.PAGESIZE
+
+    def __init__(
+        self,
+        *,
+        link_bytes_per_s: float | None = None,
+        memory_bytes: int = 2**30,
+        pinnable_bytes: int = 2**30,
+    ) -> None:
+        self._link_bytes_per_s = link_bytes_per_s
+        self._free_bytes = memory_bytes
+        self._pinnable_bytes = pinnable_bytes
+        self._names = itertools.count(1)
+        self.streams: dict[int, FakeStream] = {}
+        self.events: dict[int, FakeRecord | None] = {}
+        self.memories: dict[int, tuple[int, int]] = {}
+        self.mapped: dict[int, int] = {}
+        self.reserved: dict[int, int] = {}
+        self.pinned: dict[int, ctypes.Array] = {}
+        self.copies: list[tuple[int, int, int]] = []
+        self.failing: str | None = None
+
+    def leftovers(self) -> list[object]:
+        """What was not given back, but for the stream that torch may still need."""
+        kinds = (self.events, self.memories, self.mapped, self.reserved, self.pinned)
+        return [name for kind in kinds for name in kind]
+
+    def close(self) -> None:
+        for name in list(self.streams):
+            self.destroy_stream(name)
+
+    def enter_thread(self) -> None:
+        pass
+
+    def synchronize_device(self) -> None:
+        pass
+
+    def create_stream(self) -> int:
+        name = next(self._names)
+        self.streams[name] = FakeStream()
+        return name
+
+    def destroy_stream(self, stream: int) -> None:
+        ended = self.streams.pop(stream)
+        ended.work.put(None)
+        ended.thread.join()
+
+    def synchronize_stream(self, stream: int) -> None:
+        record = FakeRecord()
+        self.streams[stream].work.put(record.fire)
+        record.fired.wait()
+
+    @contextmanager
+    def torch_on(self, stream: int):
+        self.synchronize_stream(stream)
+        yield
+
+    def create_event(self) -> int:
+        name = next(self._names)
+        self.events[name] = None
+        return name
+
+    def destroy_event(self, event: int) -> None:
+        del self.events[event]
+
+    def record(self, event: int, stream: int) -> None:
+        record = self.events[event] = FakeRecord()
+        self.streams[stream].work.put(record.fire)
+
+    def wait(self, stream: int, event: int) -> None:
+        record = self.events[event]
+        assert record is not None, "a wait for an event that was never recorded"
+        self.streams[stream].work.put(record.fired.wait)
+
+    def synchronize(self, event: int) -> None:
+        record = self.events[event]
+        assert record is not None
+        record.fired.wait()
+        if self.failing is not None:
+            raise CudaFault("running issued work", self.failing, "as the test asked")
+
+    def elapsed_s(self, first: int, last: int) -> float:
+        began, ended = self.events[first], self.events[last]
+        assert began is not None and began.fired.is_set()
+        assert ended is not None and ended.fired.is_set()
+        return ended.at_s - began.at_s
+
+    def copy(self, copies, stream: int) -> None:
+        self.copies += copies
+
+        def move() -> None:
+            began_s = time.perf_counter()
+            for source, destination, num_bytes in copies:
+                ctypes.memmove(destination, source, num_bytes)
+            if self._link_bytes_per_s is not None:
+                total = sum(num_bytes for _, _, num_bytes in copies)
+                rest_s = total / self._link_bytes_per_s - (time.perf_counter() - began_s)
+                time.sleep(max(0.0, rest_s))
+
+        self.streams[stream].work.put(move)
+
+    def free_bytes(self) -> int:
+        return self._free_bytes
+
+    def reserve(self, num_bytes: int) -> int:
+        address = _map(None, num_bytes, -1, 0)
+        self.reserved[address] = num_bytes
+        return address
+
+    def unreserve(self, address: int, num_bytes: int) -> None:
+        assert self.reserved.pop(address) == num_bytes
+        _libc.munmap(address, num_bytes)
+
+    def create_memory(self, num_bytes: int) -> int:
+        assert num_bytes % self.page_bytes == 0
+        if num_bytes > self._free_bytes:
+            raise CudaFault("allocating memory", "CUDA_ERROR_OUT_OF_MEMORY", "out of memory")
+        self._free_bytes -= num_bytes
+        file = os.memfd_create("fake_cuda")
+        os.ftruncate(file, num_bytes)
+        name = next(self._names)
+        self.memories[name] = (file, num_bytes)
+        return name
+
+    def release_memory(self, memory: int) -> None:
+        file, num_bytes = self.memories.pop(memory)
+        os.close(file)
+        self._free_bytes += num_bytes
+
+    def map(self, address: int, num_bytes: int, memory: int) -> None:
+        file, size = self.memories[memory]
+        assert num_bytes == size, "all of it, from its start"
+        assert address % self.page_bytes == 0
+        assert address not in self.mapped
+        _map(address, num_bytes, file, 0)
+        self.mapped[address] = num_bytes
+
+    def unmap(self, address: int, num_bytes: int) -> None:
+        assert self.mapped.pop(address) == num_bytes
+
+    def pin(self, num_bytes: int) -> int:
+        if num_bytes > self._pinnable_bytes:
+            raise CudaFault("pinning host memory", "CUDA_ERROR_OUT_OF_MEMORY", "out of memory")
+        self._pinnable_bytes -= num_bytes
+        buffer = (ctypes.c_byte * num_bytes)()
+        address = ctypes.addressof(buffer)
+        self.pinned[address] = buffer
+        return address
+
+    def unpin(self, address: int) -> None:
+        del self.pinned[address]
+
+    def view(self, address: int, num_bytes: int, dtype: torch.dtype) -> torch.Tensor:
+        buffer = (ctypes.c_byte * num_bytes).from_address(address)
+        return torch.frombuffer(buffer, dtype=dtype)
