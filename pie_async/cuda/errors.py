@@ -39,7 +39,7 @@ def require_cuda() -> None:
         raise _unusable(
             f"torch {torch.__version__} was built without CUDA; install a CUDA build of torch"
         )
-    if importlib.util.find_spec("cuda") is None or not _has_bindings():
+    if not _has_bindings():
         raise _unusable("cuda-python is missing; pip install 'pie-async[cuda]'")
     if not torch.cuda.is_available():
         raise _unusable(
@@ -56,7 +56,8 @@ def require_cuda() -> None:
 
 
 def _has_bindings() -> bool:
-    return importlib.util.find_spec("cuda.bindings") is not None
+    has_package = importlib.util.find_spec("cuda") is not None
+    return has_package and importlib.util.find_spec("cuda.bindings") is not None
 
 
 def _unusable(reason: str) -> ConfigError:
