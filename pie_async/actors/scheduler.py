@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import asdict
 from typing import assert_never
 
 import msgspec
@@ -225,11 +226,7 @@ class SchedulerActor(Actor[SchedulerMail]):
 
     def stats(self) -> EngineStats:
         """A snapshot; the engine adds what it alone knows."""
-        schedule, residency, counts = (
-            self._schedule,
-            self._schedule.residency,
-            self._schedule.counts,
-        )
+        schedule, residency = self._schedule, self._schedule.residency
         device = residency.device.size
         return msgspec.structs.replace(
             self._totals,
@@ -245,13 +242,5 @@ class SchedulerActor(Actor[SchedulerMail]):
             pooled_blocks=residency.host.num_used,
             streamed_limit_blocks=schedule.streamed_limit,
             expansion_ratio=(device + residency.num_streamed) / device,
-            prompt_tokens=counts.prompt_tokens,
-            cached_tokens=counts.cached_tokens,
-            output_tokens=counts.output_tokens,
-            sequences_finished=counts.sequences_finished,
-            sequences_cancelled=counts.sequences_cancelled,
-            preemptions_parked=counts.preemptions_parked,
-            preemptions_recomputed=counts.preemptions_recomputed,
-            demotions=counts.demotions,
-            promotions=counts.promotions,
+            **asdict(schedule.counts),
         )

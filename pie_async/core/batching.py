@@ -130,12 +130,12 @@ class _Batch:
         num_running = len(self._schedule.running) + len(self._schedule.resuming)
         if num_running == 0:
             return True
-        wanted = self._blocks_for(len(seq.tokens)) + self._promised_blocks + num_running
+        wanted = self._schedule.blocks_for(len(seq.tokens)) + self._promised_blocks + num_running
         return wanted <= pressure.room(self._schedule)
 
     def _adopt_prefix(self, seq: Sequence) -> None:
         """Share the blocks of sequences that have computed the same leading tokens."""
-        if not self._schedule.shares_prefixes or seq.sampling.prompt_logprobs is not None:
+        if not self._schedule.may_share(seq):
             return
         size = self._schedule.block_tokens
         parent = None
@@ -164,16 +164,13 @@ class _Batch:
             self._add(seq, num_tokens)
         elif self._budget:
             self._schedule.is_starved = True
-        rest = self._blocks_for(len(seq.tokens)) - len(seq.table)
+        rest = self._schedule.blocks_for(len(seq.tokens)) - len(seq.table)
         self._promised_blocks += rest
         self.next_chunk_blocks += min(rest, self._schedule.token_budget // size + 1)
 
-    def _blocks_for(self, num_tokens: int) -> int:
-        return -(-num_tokens // self._schedule.block_tokens)
-
     def _has_room(self, seq: Sequence, num_tokens: int) -> bool:
         """Give the sequence blocks for its next tokens; False, and nothing, if there are none."""
-        missing = self._blocks_for(seq.num_launched + num_tokens) - len(seq.table)
+        missing = self._schedule.blocks_for(seq.num_launched + num_tokens) - len(seq.table)
         if missing <= 0:
             return True
         residency = self._schedule.residency

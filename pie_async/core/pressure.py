@@ -92,7 +92,7 @@ def _admission_blocks(schedule: Schedule) -> int:
     if seq is None or not schedule.free_lanes:
         return 0
     size = schedule.block_tokens
-    blocks = -(-len(seq.tokens) // size)
+    blocks = schedule.blocks_for(len(seq.tokens))
     if schedule.running and blocks + len(schedule.running) > room(schedule):
         return 0
     return min(blocks, schedule.token_budget // size + 1)

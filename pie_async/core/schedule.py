@@ -38,7 +38,7 @@ class Launched:
 
 @dataclass(slots=True)
 class Counts:
-    """Totals since the start."""
+    """Totals since the start; each is a field of `EngineStats` of the same name."""
 
     prompt_tokens: int = 0
     cached_tokens: int = 0
@@ -106,11 +106,12 @@ class Schedule:
             )
             self._arrivals += 1
             self.sequences[seq.id] = seq
-            if leader is None or not self._may_share(seq):
+            if leader is None or not self.may_share(seq):
                 self._enqueue(seq)
                 leader = leader or seq
             else:
                 self.num_waiting += 1
+                seq.is_follower = True
                 self._followers.setdefault(leader.id, []).append(seq)
 
     def cancel(self, sequences: Iterable[SequenceId], reason: FinishReason) -> list[Advance]:
@@ -252,12 +253,12 @@ class Schedule:
     def _enqueue(self, seq: Sequence) -> None:
         heapq.heappush(self._waiting, (seq.order, seq))
         self.num_waiting += 1
-        self.waiting_blocks += self._blocks_for(len(seq.tokens))
+        self.waiting_blocks += self.blocks_for(len(seq.tokens))
 
     def _leave_queue(self, seq: Sequence) -> None:
         self.num_waiting -= 1
-        if not self._is_follower(seq):
-            self.waiting_blocks -= self._blocks_for(len(seq.tokens))
+        if not seq.is_follower:
+            self.waiting_blocks -= self.blocks_for(len(seq.tokens))
 
     def _leave_lane(self, seq: Sequence) -> None:
         assert seq.lane is not None
@@ -273,21 +274,21 @@ class Schedule:
 
     # --- followers ----------------------------------------------------------------------------
 
-    def _may_share(self, seq: Sequence) -> bool:
+    def may_share(self, seq: Sequence) -> bool:
+        """Whether it may take over blocks that another sequence has computed."""
         return self.shares_prefixes and seq.sampling.prompt_logprobs is None
-
-    def _is_follower(self, seq: Sequence) -> bool:
-        return any(seq in followers for followers in self._followers.values())
 
     def _free_followers(self, leader: Sequence) -> None:
         for seq in self._followers.pop(leader.id, ()):
+            seq.is_follower = False
             if seq.state is State.WAITING:
                 self.num_waiting -= 1
                 self._enqueue(seq)
 
     # --- settling -----------------------------------------------------------------------------
 
-    def _blocks_for(self, num_tokens: int) -> int:
+    def blocks_for(self, num_tokens: int) -> int:
+        """Blocks that hold this many tokens."""
         return -(-num_tokens // self.block_tokens)
 
     def _seal(self, seq: Sequence) -> None:

@@ -50,6 +50,8 @@ class Sequence:
     order: tuple[int, int]
     """(priority, arrival number): the order in which sequences are served."""
     state: State = State.WAITING
+    is_follower: bool = False
+    """Waits for another sequence of its request to compute their prompt."""
     lane: Lane | None = None
     is_bound: bool = False
     """Whether the lane's sampling state on the device is this sequence's."""
