@@ -105,8 +105,9 @@ class CudaStream:
         if event.has_fired:
             return
         try:
-            self._driver.synchronize(event.handle)
-            self._settle(event.number)
+            if event.handle:  # 0: not even recorded, and `event.fault` says why
+                self._driver.synchronize(event.handle)
+                self._settle(event.number)
         except DeviceFault as fault:
             self.fail(fault)
             event.fault = event.fault or fault
@@ -119,11 +120,12 @@ class CudaStream:
             self._driver.destroy_stream(self.handle)
 
     def _mark(self, *, ends_wait: bool = False, event: CudaEvent | None = None) -> int:
-        handle = self._free.pop() if self._free else self._new_event()
         try:
+            handle = self._free.pop() if self._free else self._new_event()
             self._driver.record(handle, self.handle)
-        except DeviceFault as fault:
+        except DeviceFault as fault:  # a lost context refuses even to create an event
             self.fail(fault)
+            return 0
         self._marks.append(_Mark(self._number, handle, ends_wait, event))
         self._number += 1
         return handle

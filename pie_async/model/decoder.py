@@ -90,9 +90,9 @@ class DecoderLayer:
         hidden, dim = config.hidden_size, config.head_dim
         self._heads = [config.num_heads, config.kv_heads, config.kv_heads]
         self._num_rotated = config.num_heads + config.kv_heads
-        self._is_pre_norm = config.is_pre_norm
-        self._attention_norm = Norm(parameters, prefix + names.attention_norm, hidden, config)
-        self._qkv = Linear(
+        self.is_pre_norm = config.is_pre_norm
+        self.attention_norm = Norm(parameters, prefix + names.attention_norm, hidden, config)
+        self.qkv = Linear(
             parameters,
             [
                 (prefix + name, heads * dim)
@@ -101,50 +101,50 @@ class DecoderLayer:
             hidden,
             has_bias=config.has_qkv_bias,
         )
-        self._q_norm = self._k_norm = None
+        self.q_norm = self.k_norm = None
         if config.has_qk_norm:
-            self._q_norm = Norm(parameters, prefix + "self_attn.q_norm", dim, config)
-            self._k_norm = Norm(parameters, prefix + "self_attn.k_norm", dim, config)
-        self._out = Linear(
+            self.q_norm = Norm(parameters, prefix + "self_attn.q_norm", dim, config)
+            self.k_norm = Norm(parameters, prefix + "self_attn.k_norm", dim, config)
+        self.out = Linear(
             parameters,
             [(prefix + names.out, hidden)],
             config.num_heads * dim,
             has_bias=config.has_out_bias,
         )
-        self._mlp_norm = Norm(parameters, prefix + names.mlp_norm, hidden, config)
+        self.mlp_norm = Norm(parameters, prefix + names.mlp_norm, hidden, config)
         up = [prefix + name for name in names.up]
-        self._mlp = Mlp(parameters, config, up, prefix + names.down)
+        self.mlp = Mlp(parameters, config, up, prefix + names.down)
 
     def pack(self) -> None:
         """See `Linear.pack`."""
-        self._qkv.pack()
-        self._out.pack()
-        self._mlp.pack()
+        self.qkv.pack()
+        self.out.pack()
+        self.mlp.pack()
 
     def __call__(
         self, x: Tensor, rotation: tuple[Tensor, Tensor] | None, attention: LayerAttention
     ) -> Tensor:
         """[n, hidden] -> [n, hidden]; rotation: cosines and sines, None without RoPE."""
-        if self._is_pre_norm:
-            x = x + self._attend(self._attention_norm(x), rotation, attention)
-            return x.add_(self._mlp(self._mlp_norm(x)))
-        x = self._attention_norm(x + self._attend(x, rotation, attention))
-        return self._mlp_norm(x + self._mlp(x))
+        if self.is_pre_norm:
+            x = x + self._attend(self.attention_norm(x), rotation, attention)
+            return x.add_(self.mlp(self.mlp_norm(x)))
+        x = self.attention_norm(x + self._attend(x, rotation, attention))
+        return self.mlp_norm(x + self.mlp(x))
 
     def _attend(
         self, x: Tensor, rotation: tuple[Tensor, Tensor] | None, attention: LayerAttention
     ) -> Tensor:
-        heads = self._qkv(x).view(len(x), sum(self._heads), -1)
-        if self._q_norm is not None and self._k_norm is not None:
+        heads = self.qkv(x).view(len(x), sum(self._heads), -1)
+        if self.q_norm is not None and self.k_norm is not None:
             queries, keys, values = torch.split(heads, self._heads, 1)
-            heads = torch.cat((self._q_norm(queries), self._k_norm(keys), values), 1)
+            heads = torch.cat((self.q_norm(queries), self.k_norm(keys), values), 1)
         if rotation is None:
             queries, keys, values = torch.split(heads, self._heads, 1)
         else:
             rotated = rotate(heads[:, : self._num_rotated], *rotation)
             queries, keys = torch.split(rotated, self._heads[:2], 1)
             values = heads[:, self._num_rotated :]
-        return self._out(attention(queries, keys, values))
+        return self.out(attention(queries, keys, values))
 
 
 class Decoder:
@@ -160,46 +160,46 @@ class Decoder:
         self.parameters = parameters = Parameters(dtype, device)
         names = _OPT_NAMES if config.family == "opt" else _LLAMA_NAMES
         hidden, width = config.hidden_size, config.embedding_size
-        self._embedding = parameters.one(f"{names.embedding}.weight", config.vocab_size, width)
-        self.rotary = self._positions = None
+        self.embedding = parameters.one(f"{names.embedding}.weight", config.vocab_size, width)
+        self.rotary = self.positions = None
         if config.rope is None:
             rows = config.max_positions + OPT_POSITION_OFFSET
-            self._positions = parameters.one(f"{names.positions}.weight", rows, hidden)
+            self.positions = parameters.one(f"{names.positions}.weight", rows, hidden)
         elif device.type != "meta":
             self.rotary = Rotary(config.rope, config.head_dim, dtype, device)
-        self._project_in = self._project_out = None
+        self.project_in = self.project_out = None
         if width != hidden:
-            self._project_in = Linear(parameters, [(names.project_in, hidden)], width)
-            self._project_out = Linear(parameters, [(names.project_out, width)], hidden)
-        self._layers = [
+            self.project_in = Linear(parameters, [(names.project_in, hidden)], width)
+            self.project_out = Linear(parameters, [(names.project_out, width)], hidden)
+        self.layers = [
             DecoderLayer(parameters, config, names, layer) for layer in range(config.num_layers)
         ]
-        self._final_norm = None
+        self.final_norm = None
         if config.has_final_norm:
-            self._final_norm = Norm(parameters, names.final_norm, hidden, config)
-        self._head = self._embedding
+            self.final_norm = Norm(parameters, names.final_norm, hidden, config)
+        self.head = self.embedding
         if not config.is_tied:
-            self._head = parameters.one(f"{names.head}.weight", config.vocab_size, width)
+            self.head = parameters.one(f"{names.head}.weight", config.vocab_size, width)
         self._packed_head: PackedLinear | None = None
 
     def finish(self) -> None:
         """All parameters are filled: lay them out for speed, one after the other."""
         self.parameters.by_name.clear()
-        for layer in self._layers:
+        for layer in self.layers:
             layer.pack()
         # A tied output layer must stay readable as the embedding; only a small one is worth a copy.
-        if not self.config.is_tied or self._head.nbytes <= _SMALL_HEAD_BYTES:
-            self._packed_head = pack_linear(self._head, None)
+        if not self.config.is_tied or self.head.nbytes <= _SMALL_HEAD_BYTES:
+            self._packed_head = pack_linear(self.head, None)
         if not self.config.is_tied and self._packed_head is not None:
-            self._head = self._head[:0]
+            self.head = self.head[:0]
 
     def embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """[n, hidden] from [n] token ids and [n] positions, both int64."""
-        x = functional.embedding(tokens, self._embedding)
-        if self._project_in is not None:
-            x = self._project_in(x)
-        if self._positions is not None:
-            x = x + functional.embedding(positions + OPT_POSITION_OFFSET, self._positions)
+        x = functional.embedding(tokens, self.embedding)
+        if self.project_in is not None:
+            x = self.project_in(x)
+        if self.positions is not None:
+            x = x + functional.embedding(positions + OPT_POSITION_OFFSET, self.positions)
         return x
 
     def run_layer(
@@ -210,14 +210,14 @@ class Decoder:
         attention: LayerAttention,
     ) -> Tensor:
         """[n, hidden] -> [n, hidden]."""
-        return self._layers[layer](x, rotation, attention)
+        return self.layers[layer](x, rotation, attention)
 
     def logits(self, x: Tensor) -> Tensor:
         """[n, vocab] float32 from the last layer's [n, hidden]."""
-        if self._final_norm is not None:
-            x = self._final_norm(x)
-        if self._project_out is not None:
-            x = self._project_out(x)
+        if self.final_norm is not None:
+            x = self.final_norm(x)
+        if self.project_out is not None:
+            x = self.project_out(x)
         if self._packed_head is not None:
             return self._packed_head(x)
-        return functional.linear(x, self._head).float()
+        return functional.linear(x, self.head).float()

@@ -56,20 +56,20 @@ class Linear:
     ) -> None:
         weights = [(f"{name}.weight", rows) for name, rows in parts]
         biases = [(f"{name}.bias", rows) for name, rows in parts]
-        self._weight = parameters.stacked(weights, in_features)
-        self._bias = parameters.stacked(biases) if has_bias else None
+        self.weight = parameters.stacked(weights, in_features)
+        self.bias = parameters.stacked(biases) if has_bias else None
         self._packed: PackedLinear | None = None
 
     def pack(self) -> None:
         """Trade the filled weight for one laid out for this processor, where there is such."""
-        self._packed = pack_linear(self._weight, self._bias)
+        self._packed = pack_linear(self.weight, self.bias)
         if self._packed is not None:
-            self._weight = self._weight[:0]
+            self.weight = self.weight[:0]
 
     def __call__(self, x: Tensor) -> Tensor:
         if self._packed is not None:
             return self._packed(x)
-        return functional.linear(x, self._weight, self._bias)
+        return functional.linear(x, self.weight, self.bias)
 
 
 PackedLinear = Callable[[Tensor], Tensor]
@@ -105,23 +105,23 @@ class Norm:
     """RMS norm or layer norm over the last dimension."""
 
     def __init__(self, parameters: Parameters, name: str, size: int, config: ModelConfig) -> None:
-        self._eps = config.norm_eps
-        self._weight = self._bias = None
+        self.eps = config.norm_eps
+        self.weight = self.bias = None
         if config.is_norm_affine:
-            self._weight = parameters.one(f"{name}.weight", size)
+            self.weight = parameters.one(f"{name}.weight", size)
             if config.norm == "layer":
-                self._bias = parameters.one(f"{name}.bias", size)
-        self._is_rms = config.norm == "rms"
+                self.bias = parameters.one(f"{name}.bias", size)
+        self.is_rms = config.norm == "rms"
 
     def __call__(self, x: Tensor) -> Tensor:
-        if not self._is_rms:
-            return functional.layer_norm(x, (x.shape[-1],), self._weight, self._bias, self._eps)
+        if not self.is_rms:
+            return functional.layer_norm(x, (x.shape[-1],), self.weight, self.bias, self.eps)
         # Like transformers: the statistics in float32, the weight applied in the model's dtype.
         # Written out because F.rms_norm on the CPU (torch 2.13) takes a third longer.
         wide = x.float()
-        scale = wide.square().mean(-1, keepdim=True).add_(self._eps).rsqrt_()
+        scale = wide.square().mean(-1, keepdim=True).add_(self.eps).rsqrt_()
         normed = (wide * scale).to(x.dtype)
-        return normed if self._weight is None else normed.mul_(self._weight)
+        return normed if self.weight is None else normed.mul_(self.weight)
 
 
 class Mlp:
@@ -132,23 +132,24 @@ class Mlp:
     ) -> None:
         inner, has_bias = config.intermediate_size, config.has_mlp_bias
         parts = [(name, inner) for name in up]
-        self._up = Linear(parameters, parts, config.hidden_size, has_bias=has_bias)
-        self._down = Linear(parameters, [(down, config.hidden_size)], inner, has_bias=has_bias)
+        self.up = Linear(parameters, parts, config.hidden_size, has_bias=has_bias)
+        self.down = Linear(parameters, [(down, config.hidden_size)], inner, has_bias=has_bias)
+        self.activation = config.activation
         self._activate = _ACTIVATIONS[config.activation]
         self._inner = inner
-        self._is_gated = config.is_gated
+        self.is_gated = config.is_gated
 
     def pack(self) -> None:
         """See `Linear.pack`."""
-        self._up.pack()
-        self._down.pack()
+        self.up.pack()
+        self.down.pack()
 
     def __call__(self, x: Tensor) -> Tensor:
-        inner = self._up(x)
-        if self._is_gated:
+        inner = self.up(x)
+        if self.is_gated:
             gate, up = torch.split(inner, self._inner, -1)
-            return self._down(self._activate(gate).mul_(up))
-        return self._down(self._activate(inner))
+            return self.down(self._activate(gate).mul_(up))
+        return self.down(self._activate(inner))
 
 
 def _gelu_tanh(x: Tensor) -> Tensor:

@@ -122,6 +122,7 @@ def test_drawn_tokens_and_logprobs_are_reported_as_on_the_cpu(driver) -> None:
         same_logprobs(mine.prompt_logprobs[1:], theirs.prompt_logprobs[1:])
 
 
+@pytest.mark.realtime
 async def test_engines_come_and_go_in_one_process(driver) -> None:
     for _ in range(2):
         async with Engine(device="cuda", **options()) as engine:
@@ -130,6 +131,7 @@ async def test_engines_come_and_go_in_one_process(driver) -> None:
         assert len(last.outputs[0].token_ids) == GREEDY.max_tokens
 
 
+@pytest.mark.realtime
 async def test_auto_computes_in_the_models_own_dtype(driver) -> None:
     async with Engine(device="cuda", **options(dtype="auto")) as engine:
         assert engine.model.dtype == "bfloat16"
