@@ -10,16 +10,23 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import msgspec
 
-from pie_async.config import BUILTIN_MODEL, EngineConfig, format_size
+from pie_async.config import BUILTIN_MODEL, DEVICE_KV_BYTES, EngineConfig, format_size
 from pie_async.core.layout import KvLayout
+from pie_async.core.token_budget import UNLIMITED_TOKENS, IterationCost, tokens_within
+from pie_async.cuda.memory_budget import GpuMemory
 from pie_async.device.protocol import Device, MemoryPlan
-from pie_async.errors import ConfigError
+from pie_async.errors import ConfigError, ModelError
 from pie_async.model_info import ModelInfo
 from pie_async.request_stream import TextDecoder
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
+    from pie_async.cuda.card_memory import CardMemory
+    from pie_async.cuda.driver import Driver
+    from pie_async.cuda.fused_runner import FusedRunner
+    from pie_async.cuda.plain_runner import PlainRunner
     from pie_async.device.cost_model import ModelShape
     from pie_async.model.config import ModelConfig
     from pie_async.model.decoder import Decoder
@@ -56,6 +63,13 @@ class Tokenizer(Protocol):
     ) -> TextDecoder: ...
 
 
+class Limits(NamedTuple):
+    """What an iteration may hold at most."""
+
+    token_budget: int
+    max_running_sequences: int
+
+
 class Parts(msgspec.Struct, frozen=True, kw_only=True):
     """A loaded model on a device that is not started yet."""
 
@@ -63,6 +77,9 @@ class Parts(msgspec.Struct, frozen=True, kw_only=True):
     tokenizer: Tokenizer
     model: ModelInfo
     eos_ids: frozenset[int]
+    limits: Limits
+    gpu_memory: Callable[[], GpuMemory] | None = None
+    """Where the card's memory is, as of the call; None without a card."""
 
 
 def assemble(config: EngineConfig, *, progress: Progress | None = None) -> Parts:
@@ -83,14 +100,16 @@ def _assemble_cpu(config: EngineConfig, progress: Progress | None) -> Parts:
     import torch  # torch takes a second to import; `import pie_async` must not pay for it
 
     from pie_async.device.cpu import CpuDevice
-    from pie_async.model.weights import load_model
 
+    refuse_quantization(config)
     files = _read_files(config)
+    limits = default_limits(config)
     dtype: torch.dtype = getattr(torch, files.dtype_name)
-    sizes = _size_up(config, files, dtype.itemsize)
-    decoder = load_model(files.path, files.config, dtype, torch.device("cpu"), progress=progress)
+    layout = model_layout(config, files.config, dtype.itemsize)
+    sizes = _size_up(config, files, layout, count_device_slots(config, layout))
+    decoder = _load(config, files, dtype, torch.device("cpu"), progress)
     device = CpuDevice(
-        sizes.layout,
+        layout,
         device_slots=sizes.device_slots,
         host_slots=sizes.host_slots,
         dtype=dtype,
@@ -98,58 +117,169 @@ def _assemble_cpu(config: EngineConfig, progress: Progress | None) -> Parts:
         threads=config.cpu_threads or default_threads(),
         poisons=config.debug,
     )
-    device.load(_runner(config, sizes, decoder, device.arena.layers))
-    return _parts(config, files, sizes, device)
+    device.load(_runner(config, limits, sizes, decoder, device.arena.layers))
+    return _parts(config, files, sizes, limits, device)
+
+
+def refuse_quantization(config: EngineConfig) -> None:
+    if config.quantization is not None:
+        raise ConfigError(
+            f"quantization {config.quantization} needs device cuda, not {config.device}",
+            option="quantization",
+        )
+
+
+def _load(
+    config: EngineConfig,
+    files: _Files,
+    dtype: torch.dtype,
+    device: torch.device,
+    progress: Progress | None,
+) -> Decoder:
+    """The model, its parameters filled as configured."""
+    if config.load_format == "random":
+        from pie_async.model.random_weights import random_model
+
+        return random_model(files.config, dtype, device, seed=config.seed)
+    from pie_async.model.weights import load_model
+
+    assert files.path is not None
+    return load_model(files.path, files.config, dtype, device, progress=progress)
+
+
+# --- the CUDA device ------------------------------------------------------------------------
 
 
 def _assemble_cuda(config: EngineConfig, progress: Progress | None) -> Parts:
     from pie_async.cuda.errors import require_cuda
 
-    require_cuda()  # before cuda-python is imported, which may be missing
-    _log.warning("the CUDA device has only been tested against a stand-in driver so far")
+    require_cuda(config.quantization)  # before cuda-python is imported, which may be missing
+    _refuse_fp8(config)
     import torch
 
+    from pie_async.cuda.card_memory import CardMemory
     from pie_async.cuda.device import CudaDevice
     from pie_async.cuda.driver import Driver
-    from pie_async.model.weights import load_model
 
     files = _read_files(config)
     dtype: torch.dtype = getattr(torch, files.dtype_name)
-    sizes = _size_up(config, files, dtype.itemsize)
     driver = Driver(torch.device("cuda"))
-    require_room(sizes.weight_bytes, driver.free_bytes(), files.dtype_name)
-    decoder = load_model(files.path, files.config, dtype, driver.device, progress=progress)
+    memory = CardMemory(driver, config.gpu_memory)
+    memory.require_weights(files.config.num_parameters * dtype.itemsize, files.dtype_name)
+    limits = _cuda_limits(config, files, dtype, driver, memory)
+    decoder = _load(config, files, dtype, driver.device, progress)
+    layout = model_layout(config, files.config, dtype.itemsize)
+    device_slots = _cuda_slots(config, files, layout, dtype, decoder, memory, limits)
+    sizes = _size_up(config, files, layout, device_slots)
     device = CudaDevice(
         driver,
-        sizes.layout,
+        layout,
         device_slots=sizes.device_slots,
         host_slots=sizes.host_slots,
         dtype=dtype,
         poisons=config.debug,
     )
-    device.load(_runner(config, sizes, decoder, device.arena.layers))
-    return _parts(config, files, sizes, device)
+    runner = _cuda_runner(config, limits, sizes, decoder, device.arena.layers)
+    device.load(runner)
+    memory.settle(runner)
+    parts = _parts(config, files, sizes, limits, device)
+    return msgspec.structs.replace(parts, gpu_memory=lambda: memory.report(runner))
 
 
-def require_room(weight_bytes: int, free_bytes: int, dtype_name: str) -> None:
-    """Refuse a model that the card cannot hold, before a minute is spent on loading it.
-
-    Raises:
-        ConfigError: the weights alone are larger than the free memory.
-    """
-    if weight_bytes > free_bytes:
+def _refuse_fp8(config: EngineConfig) -> None:
+    if config.quantization is not None:
         raise ConfigError(
-            f"the weights take {format_size(weight_bytes)} in {dtype_name}, but only "
-            f"{format_size(free_bytes)} are free on the GPU; choose a smaller model or dtype, or "
-            "end what else runs there",
-            option="model",
+            f"quantization {config.quantization} cannot be computed yet; leave it out",
+            option="quantization",
         )
+
+
+def _cuda_limits(
+    config: EngineConfig, files: _Files, dtype: torch.dtype, driver: Driver, memory: CardMemory
+) -> Limits:
+    """As configured, or with the token budget that the ITL target allows on this card."""
+    limits = default_limits(config)
+    if config.itl_target_s is None:
+        return limits
+    from pie_async.cuda.rates import measure_rates
+
+    model, rates = files.config, measure_rates(driver, dtype)
+    weight_bytes = model.num_parameters * dtype.itemsize
+    cost = IterationCost(
+        weight_bytes=weight_bytes,
+        # The arena is seldom full of what one iteration reads.
+        kv_bytes=max(0, memory.kv_room_bytes - weight_bytes) // 2,
+        flops_per_token=2.0 * model.num_parameters,
+        read_bytes_per_s=rates.read_bytes_per_s,
+        flops_per_s=rates.flops_per_s,
+    )
+    rows = limits.max_running_sequences
+    budget = tokens_within(config.itl_target_s, cost, decode_rows=rows)
+    _log.info("token budget for an ITL of %g s: %d", config.itl_target_s, budget)
+    return limits._replace(token_budget=budget)
+
+
+def _cuda_slots(
+    config: EngineConfig,
+    files: _Files,
+    layout: KvLayout,
+    dtype: torch.dtype,
+    decoder: Decoder,
+    memory: CardMemory,
+    limits: Limits,
+) -> int:
+    """Slots of the arena: as configured, or what is left under the cap."""
+    wanted = None if config.device_kv_bytes is None else count_device_slots(config, layout)
+    host_slots = count_host_slots(config, layout)
+    longest = config.max_model_len or files.config.max_positions
+    profiled = _Sizes(layout, 0, host_slots, longest, 0)
+    return memory.plan(
+        lambda layers: _cuda_runner(config, limits, profiled, decoder, layers),
+        layout,
+        dtype,
+        device_slots=wanted,
+        host_slots=host_slots,
+        token_budget=limits.token_budget,
+        decode_rows=limits.max_running_sequences,
+    ).device_slots
+
+
+def _cuda_runner(
+    config: EngineConfig,
+    limits: Limits,
+    sizes: _Sizes,
+    decoder: Decoder,
+    layers: Sequence[Tensor],
+) -> PlainRunner | FusedRunner:
+    from pie_async.cuda.plain_runner import PlainRunner
+
+    lanes, max_blocks = limits.max_running_sequences, _most_blocks(sizes)
+    if config.kernels == "torch":
+        return PlainRunner(
+            decoder,
+            layers,
+            lanes=lanes,
+            max_blocks=max_blocks,
+            block_tokens=config.block_tokens,
+        )
+    from pie_async.cuda.fused_runner import FusedRunner
+
+    return FusedRunner(
+        decoder,
+        layers,
+        sizes.layout,
+        lanes=lanes,
+        max_blocks=max_blocks,
+        max_tokens=limits.token_budget,
+        uses_graphs=config.cuda_graphs,
+    )
 
 
 class _Files(NamedTuple):
     """What is known of a model before its weights are read."""
 
-    path: Path
+    path: Path | None
+    """None: a named shape, which has no directory."""
     config: ModelConfig
     tokenizer: Tokenizer
     dtype_name: str
@@ -165,44 +295,82 @@ class _Sizes(NamedTuple):
     weight_bytes: int
 
 
-def _read_files(config: EngineConfig) -> _Files:
+def read_model(config: EngineConfig) -> tuple[Path | None, ModelConfig]:
+    """A model's directory and what its config.json says; named shapes have no directory.
+
+    Raises:
+        ModelError: there is no such model, or it is not supported.
+    """
     from pie_async.model.checkpoint import resolve_model
-    from pie_async.model.config import read_config
+    from pie_async.model.config import config_of, read_config
+    from pie_async.model.named_shapes import NAMED_SHAPES
+
+    shape = None if Path(config.model).is_dir() else NAMED_SHAPES.get(config.model)
+    if shape is None:
+        path = resolve_model(config.model)
+        return path, read_config(path)
+    if config.load_format != "random":
+        raise ModelError(
+            f"{config.model} is the name of a shape, without weights; add --load-format random, "
+            "or give a model directory"
+        )
+    return None, config_of(shape, config.model)
+
+
+def _read_files(config: EngineConfig) -> _Files:
+    path, model = read_model(config)
+    dtype_name = compute_dtype(config, model.dtype)
+    return _Files(path, model, _read_tokenizer(config, path, model.vocab_size), dtype_name)
+
+
+def _read_tokenizer(config: EngineConfig, path: Path | None, vocab_size: int) -> Tokenizer:
+    is_random = config.load_format == "random"
+    if path is None or (is_random and not (path / "tokenizer.json").is_file()):
+        return ByteTokenizer(vocab_size)
     from pie_async.model.tokenizer import Tokenizer as ModelTokenizer
 
-    path = resolve_model(config.model)
-    model_config = read_config(path)
-    tokenizer = ModelTokenizer.from_directory(path)
-    return _Files(path, model_config, tokenizer, compute_dtype(config, model_config.dtype))
+    return ModelTokenizer.from_directory(path)
 
 
-def _size_up(config: EngineConfig, files: _Files, item_bytes: int) -> _Sizes:
-    layout = model_layout(config, files.config, item_bytes)
-    device_slots, host_slots = count_slots(config, layout)
+def _size_up(config: EngineConfig, files: _Files, layout: KvLayout, device_slots: int) -> _Sizes:
+    host_slots = count_host_slots(config, layout)
     return _Sizes(
         layout=layout,
         device_slots=device_slots,
         host_slots=host_slots,
-        max_model_len=longest_sequence(config, layout, files.config.max_positions),
-        weight_bytes=files.config.num_parameters * item_bytes,
+        max_model_len=longest_sequence(
+            config, layout, files.config.max_positions, device_slots + host_slots
+        ),
+        weight_bytes=files.config.num_parameters * layout.item_bytes,
     )
 
 
 def _runner(
-    config: EngineConfig, sizes: _Sizes, decoder: Decoder, layers: Sequence[Tensor]
+    config: EngineConfig,
+    limits: Limits,
+    sizes: _Sizes,
+    decoder: Decoder,
+    layers: Sequence[Tensor],
 ) -> ModelRunner:
     from pie_async.model.runner import ModelRunner
 
     return ModelRunner(
         decoder,
         layers,
-        lanes=config.max_running_sequences,
-        max_blocks=sizes.layout.blocks_for(sizes.max_model_len) + 1,
+        lanes=limits.max_running_sequences,
+        max_blocks=_most_blocks(sizes),
         block_tokens=config.block_tokens,
     )
 
 
-def _parts(config: EngineConfig, files: _Files, sizes: _Sizes, device: Device) -> Parts:
+def _most_blocks(sizes: _Sizes) -> int:
+    """Longest block table."""
+    return sizes.layout.blocks_for(sizes.max_model_len) + 1
+
+
+def _parts(
+    config: EngineConfig, files: _Files, sizes: _Sizes, limits: Limits, device: Device
+) -> Parts:
     info = ModelInfo(
         name=served_name(config.model),
         family=files.config.family,
@@ -213,7 +381,25 @@ def _parts(config: EngineConfig, files: _Files, sizes: _Sizes, device: Device) -
         weight_bytes=sizes.weight_bytes,
     )
     eos_ids = frozenset(files.config.eos_ids) | frozenset(files.tokenizer.eos_ids)
-    return Parts(device=device, tokenizer=files.tokenizer, model=info, eos_ids=eos_ids)
+    return Parts(
+        device=device,
+        tokenizer=files.tokenizer,
+        model=info,
+        eos_ids=eos_ids,
+        limits=limits,
+    )
+
+
+def default_limits(config: EngineConfig) -> Limits:
+    """What an iteration may hold: as configured, else what suits the device.
+
+    An ITL target comes on top: it needs the card's measured rates.
+    """
+    is_gpu = config.device == "cuda"
+    return Limits(
+        token_budget=config.token_budget or (UNLIMITED_TOKENS if is_gpu else 512),
+        max_running_sequences=config.max_running_sequences or (256 if is_gpu else 64),
+    )
 
 
 def compute_dtype(config: EngineConfig, model_dtype: str) -> str:
@@ -270,21 +456,31 @@ def default_threads() -> int:
     return max(1, (cores or 1) - 1)
 
 
-def count_slots(config: EngineConfig, layout: KvLayout) -> tuple[int, int]:
-    """Slots of the device arena and of the host pool.
+def count_device_slots(config: EngineConfig, layout: KvLayout) -> int:
+    """Slots of a device arena whose size is set, or the default's.
 
     Raises:
-        ConfigError: the arena holds too few blocks to run anything, or the pool none.
+        ConfigError: it holds too few blocks to run anything.
     """
-    device_slots = config.device_kv_bytes // layout.block_bytes
+    arena_bytes = config.device_kv_bytes or DEVICE_KV_BYTES
+    device_slots = arena_bytes // layout.block_bytes
     if device_slots < FEWEST_DEVICE_SLOTS:
         least = FEWEST_DEVICE_SLOTS * layout.block_bytes
         raise ConfigError(
-            f"device_kv_bytes is {format_size(config.device_kv_bytes)}, which holds "
+            f"device_kv_bytes is {format_size(arena_bytes)}, which holds "
             f"{device_slots} KV blocks of {format_size(layout.block_bytes)}; "
             f"give it at least {format_size(least)} or lower block_tokens",
             option="device_kv_bytes",
         )
+    return device_slots
+
+
+def count_host_slots(config: EngineConfig, layout: KvLayout) -> int:
+    """Slots of the host pool.
+
+    Raises:
+        ConfigError: it is less than one block.
+    """
     host_slots = config.host_pool_bytes // layout.block_bytes
     if config.host_pool_bytes and not host_slots:
         raise ConfigError(
@@ -292,17 +488,19 @@ def count_slots(config: EngineConfig, layout: KvLayout) -> tuple[int, int]:
             f"of {format_size(layout.block_bytes)}; raise it, or set it to 0 to switch pooling off",
             option="host_pool_bytes",
         )
-    return device_slots, host_slots
+    return host_slots
 
 
-def longest_sequence(config: EngineConfig, layout: KvLayout, max_positions: int) -> int:
+def longest_sequence(config: EngineConfig, layout: KvLayout, max_positions: int, slots: int) -> int:
     """Most tokens a sequence may have: the model's limit, and what both memories hold.
+
+    Args:
+        slots: of device arena and host pool together.
 
     Raises:
         ConfigError: `max_model_len` asks for more than either allows.
     """
-    device_slots, host_slots = count_slots(config, layout)
-    fits = (device_slots + host_slots - SPARE_SLOTS) * layout.block_tokens
+    fits = (slots - SPARE_SLOTS) * layout.block_tokens
     wanted = config.max_model_len
     if wanted is None:
         return min(max_positions, fits)
@@ -339,10 +537,12 @@ def _assemble_sim(config: EngineConfig) -> Parts:
     from pie_async.device.cost_model import CostModel, gpu_named, link_named, shape_named
     from pie_async.device.sim import SimDevice
 
+    refuse_quantization(config)
     name = SIM_MODEL if config.model == BUILTIN_MODEL else config.model
     shape = shape_named(name)
     layout = sim_layout(config, shape)
-    device_slots, host_slots = count_slots(config, layout)
+    device_slots = count_device_slots(config, layout)
+    host_slots = count_host_slots(config, layout)
     memory = MemoryPlan(
         layout=layout,
         device_slots=device_slots,
@@ -356,7 +556,7 @@ def _assemble_sim(config: EngineConfig) -> Parts:
         family="simulated",
         dtype="bfloat16",
         vocab_size=shape.vocab_size,
-        max_model_len=longest_sequence(config, layout, SIM_POSITIONS),
+        max_model_len=longest_sequence(config, layout, SIM_POSITIONS, device_slots + host_slots),
         num_parameters=shape.weight_bytes // shape.weight_item_bytes,
         weight_bytes=shape.weight_bytes,
     )
@@ -366,6 +566,7 @@ def _assemble_sim(config: EngineConfig) -> Parts:
         tokenizer=ByteTokenizer(shape.vocab_size),
         model=info,
         eos_ids=frozenset(),
+        limits=default_limits(config),
     )
 
 
@@ -375,7 +576,7 @@ def sim_layout(config: EngineConfig, shape: ModelShape) -> KvLayout:
 
 
 class ByteTokenizer:
-    """The simulated model's: text is its bytes; other token ids read as letters."""
+    """Of models without one (simulated or random): text is its bytes; other ids read as letters."""
 
     eos_ids: tuple[int, ...] = ()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from typing import Literal, get_args
@@ -14,9 +15,14 @@ KIB, MIB, GIB, TIB = 2**10, 2**20, 2**30, 2**40
 
 DeviceName = Literal["cpu", "cuda", "sim"]
 DtypeName = Literal["auto", "float32", "float16", "bfloat16"]
+LoadFormat = Literal["checkpoint", "random"]
+Quantization = Literal["fp8"]
+Kernels = Literal["triton", "torch"]
 
 BUILTIN_MODEL = "builtin"
 """The small model shipped with the package."""
+DEVICE_KV_BYTES = 256 * MIB
+"""The device arena of devices whose memory nobody has to share out: cpu and sim."""
 
 
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -27,20 +33,41 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """
 
     model: str = BUILTIN_MODEL
-    """A local Hugging Face directory, a hub id, or "builtin"."""
+    """A local Hugging Face directory, a hub id, or "builtin"; with random weights also the
+    name of a shape (`model/named_shapes.py`)."""
+    load_format: LoadFormat = "checkpoint"
+    """"random": seeded random weights, made on the device; of the model only config.json is
+    read. For measurements: time does not depend on what weights are."""
     device: DeviceName = "cpu"
     dtype: DtypeName = "auto"
     """What the model computes in; "auto" is float32 on the CPU, the model's own on a GPU."""
-    device_kv_bytes: int = 256 * MIB
-    """The device arena: KV that is resident."""
+    quantization: Quantization | None = None
+    """What weights are converted to when they are loaded; None: they stay in `dtype`."""
+    kernels: Kernels = "triton"
+    """CUDA device: "torch" computes with torch's own operators, slowly, as a reference."""
+    cuda_graphs: bool = True
+    """CUDA device: replay decode iterations instead of launching their kernels one by one."""
+    gpu_memory: str | int | float = 0.9
+    """CUDA device: cap of everything the process takes on the card, in bytes ("80GiB", an
+    int) or as a share of the card (0.9, "90%")."""
+    device_kv_bytes: int | None = None
+    """The device arena: KV that is resident. None: 256 MiB; on the CUDA device, what
+    everything else leaves under `gpu_memory`."""
     host_pool_bytes: int = 1 * GIB
     """Ceiling of the host pool; 0 switches pooling off (preemption recomputes)."""
     block_tokens: int = 16
     max_model_len: int | None = None
     """Longest prompt plus output; None: what the model and the memory can hold."""
-    max_running_sequences: int = 64
-    token_budget: int = 512
-    """Most tokens one iteration processes; longer prompts are prefilled in chunks."""
+    max_running_sequences: int | None = None
+    """Most sequences in one iteration; None: 64, on the CUDA device 256."""
+    token_budget: int | None = None
+    """Most tokens one iteration processes; longer prompts are prefilled in chunks. None: 512;
+    on the CUDA device what `itl_target_s` allows, 8192 without one."""
+    itl_target_s: float | None = None
+    """CUDA device: how long an iteration that prefills may take, which is what others wait for
+    their next token meanwhile. Sets `token_budget`, so only one of the two may be given."""
+    prefix_caching: bool = True
+    """Requests with the same leading tokens share KV blocks, also with those that have ended."""
     iterations_in_flight: int = 2
     """Iterations issued before the first one's tokens are back: 1 or 2."""
     layer_group: int | None = None
@@ -65,16 +92,13 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
     def __post_init__(self) -> None:
         self._check_types()
-        for name in (
-            "device_kv_bytes",
-            "block_tokens",
-            "max_running_sequences",
-            "token_budget",
-            "max_queued_requests",
-        ):
+        for name in ("block_tokens", "max_queued_requests"):
             _at_least(name, getattr(self, name), 1)
         _at_least("host_pool_bytes", self.host_pool_bytes, 0)
         for name, least in (
+            ("device_kv_bytes", 1),
+            ("max_running_sequences", 1),
+            ("token_budget", 1),
             ("layer_group", 1),
             ("ring_depth", 2),
             ("max_model_len", 1),
@@ -89,6 +113,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
                 "streamed lies in the host pool",
                 option="streamed_blocks",
             )
+        self._check_gpu()
         if self.iterations_in_flight not in (1, 2):
             raise ConfigError(
                 f"iterations_in_flight must be 1 or 2, not {self.iterations_in_flight}",
@@ -101,13 +126,36 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
                 option="link_bytes_per_s",
             )
 
+    def _check_gpu(self) -> None:
+        check_gpu_memory(self.gpu_memory)
+        if self.itl_target_s is None:
+            return
+        if not 0 < self.itl_target_s < math.inf:
+            raise ConfigError(
+                f"itl_target_s must be above 0, not {self.itl_target_s}; leave it out for no "
+                "target",
+                option="itl_target_s",
+            )
+        if self.token_budget is not None:
+            raise ConfigError(
+                "itl_target_s and token_budget set the same thing; give one of them",
+                option="itl_target_s",
+            )
+
     def _check_types(self) -> None:
         if isinstance(self.model, os.PathLike):
             msgspec.structs.force_setattr(self, "model", os.fspath(self.model))
-        for name, choices in (("device", get_args(DeviceName)), ("dtype", get_args(DtypeName))):
+        for name, choices in (
+            ("device", get_args(DeviceName)),
+            ("dtype", get_args(DtypeName)),
+            ("load_format", get_args(LoadFormat)),
+            ("kernels", get_args(Kernels)),
+            ("quantization", (None, *get_args(Quantization))),
+        ):
             if (value := getattr(self, name)) not in choices:
                 raise ConfigError(
-                    f"{name} must be one of {', '.join(choices)}, not {value!r}", option=name
+                    f"{name} must be one of {', '.join(map(str, choices))}, not {value!r}",
+                    option=name,
                 )
         for field in msgspec.structs.fields(type(self)):
             value = getattr(self, field.name)
@@ -152,6 +200,41 @@ def parse_size(text: str, *, option: str) -> int:
         )
     number, unit = match.groups()
     return int(float(number) * _UNITS[(unit or "").lower()])
+
+
+_LEAST_GPU_BYTES = MIB
+"""Less cannot be meant as bytes: a share that was miswritten."""
+
+
+def check_gpu_memory(value: str | float) -> float:
+    """What `EngineConfig.gpu_memory` means: a share of the card up to 1, otherwise bytes.
+
+    Raises:
+        ConfigError: neither a share above 0 and up to 1 nor a size.
+    """
+    meant: float = 0.0
+    if not isinstance(value, str):
+        meant = value
+    elif match := re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*%\s*", value):
+        meant = float(match[1]) / 100
+    elif match := re.fullmatch(r"\s*\d+(?:\.\d+)?\s*", value):
+        meant = float(match[0])
+    else:
+        try:
+            meant = parse_size(value, option="gpu_memory")
+        except ConfigError:
+            raise _no_gpu_memory(value) from None
+    if not (0 < meant <= 1 or _LEAST_GPU_BYTES <= meant < math.inf):
+        raise _no_gpu_memory(value)
+    return meant
+
+
+def _no_gpu_memory(value: str | float) -> ConfigError:
+    return ConfigError(
+        f"gpu_memory must be a share of the card above 0 and up to 1 (0.9 or 90%) or a size "
+        f"(80GiB), not {value!r}",
+        option="gpu_memory",
+    )
 
 
 def format_size(num_bytes: float) -> str:

@@ -14,6 +14,7 @@ import msgspec
 
 from pie_async.assembly import Parts, Progress, Tokenizer, assemble
 from pie_async.config import EngineConfig
+from pie_async.cuda.memory_budget import GpuMemory
 from pie_async.errors import (
     EngineStopped,
     InvalidRequest,
@@ -22,7 +23,7 @@ from pie_async.errors import (
     PieError,
 )
 from pie_async.ids import RequestId, SequenceId
-from pie_async.intake import Intake, Prompt
+from pie_async.intake import Intake, Prompt, check_cache_salt
 from pie_async.messages import Cancel, Drain, Submit
 from pie_async.metrics import EngineStats
 from pie_async.model_info import ModelInfo
@@ -157,12 +158,15 @@ class Engine:
         *,
         request_id: str | None = None,
         priority: int = 0,
+        cache_salt: str | None = None,
     ) -> AsyncGenerator[RequestOutput, None]:
         """Outputs as they come. Leaving the loop early, or cancelling it, cancels the request.
 
         Raises: what `submit` raises, and EngineStopped if the engine ends meanwhile.
         """
-        stream = await self.submit(prompt, params, request_id=request_id, priority=priority)
+        stream = await self.submit(
+            prompt, params, request_id=request_id, priority=priority, cache_salt=cache_salt
+        )
         async with aclosing(stream):
             async for output in stream:
                 yield output
@@ -174,12 +178,16 @@ class Engine:
         *,
         request_id: str | None = None,
         priority: int = 0,
+        cache_salt: str | None = None,
     ) -> RequestStream:
         """Accept a request; its outputs come from the stream returned.
 
         Args:
             request_id: the caller's name for it; must not be in use. None makes one up.
             priority: lower runs first; equal ones run first come, first served.
+            cache_salt: KV is shared only with requests of the same salt, so that nobody can
+                tell from how fast a request starts what others have sent. None: with all
+                requests that have none.
 
         Raises:
             InvalidRequest: names the parameter; nothing was queued.
@@ -190,6 +198,7 @@ class Engine:
         params = params if params is not None else SamplingParams()
         if not isinstance(priority, int):
             raise InvalidRequest(f"priority is {priority!r}, not a number", param="priority")
+        check_cache_salt(cache_salt)
         self._check_accepting()
         tokens = tuple(await self.tokenize(prompt))
         self._check_accepting()  # tokenising took a while
@@ -208,6 +217,7 @@ class Engine:
             seed=seed,
             max_tokens=max_tokens,
             priority=priority,
+            cache_salt=cache_salt,
         )
         actors = self._running_actors()
         try:
@@ -300,6 +310,11 @@ class Engine:
             block_bytes=memory.layout.block_bytes,
             uptime_s=asyncio.get_running_loop().time() - self._started_s,
         )
+
+    def gpu_memory(self) -> GpuMemory | None:
+        """Where the card's memory is, and what is in use now; None without a card."""
+        report = self._loaded().gpu_memory
+        return None if report is None else report()
 
     def _stopped(self) -> PieError:
         return self._failure or EngineStopped("the engine was closed")

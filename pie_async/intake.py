@@ -20,6 +20,7 @@ INLINE_CHARS = 2048
 """Longer prompts are tokenised in a thread, so that the loop never waits for them."""
 MOST_CHARS_PER_TOKEN = 16
 """A prompt longer than this times the context cannot fit and is not even tokenised."""
+MAX_CACHE_SALT_CHARS = 256
 
 P = TypeVar("P")
 
@@ -94,6 +95,25 @@ class Intake(msgspec.Struct, frozen=True):
                 param="max_tokens",
             )
         return min(room, params.max_tokens) if params.max_tokens is not None else room
+
+
+def check_cache_salt(salt: str | None) -> None:
+    """Refuse what is no tenant's salt.
+
+    Raises:
+        InvalidRequest: naming `cache_salt`.
+    """
+    if salt is None:
+        return
+    if not isinstance(salt, str):
+        raise InvalidRequest(f"cache_salt is {salt!r}, not a text", param="cache_salt")
+    if not 0 < len(salt) <= MAX_CACHE_SALT_CHARS:
+        raise InvalidRequest(
+            f"cache_salt must have 1 to {MAX_CACHE_SALT_CHARS} characters, not {len(salt)}",
+            param="cache_salt",
+        )
+    if not salt.isprintable():  # which also keeps out halves of characters, that have no bytes
+        raise InvalidRequest("cache_salt must be printable characters", param="cache_salt")
 
 
 def _check_is_list(prompt: object) -> None:

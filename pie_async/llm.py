@@ -64,6 +64,7 @@ class LLM:
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         progress: bool = True,
+        cache_salt: str | None = None,
     ) -> list[RequestOutput]:
         """Complete the prompts, all at once; their outputs in the same order.
 
@@ -71,12 +72,13 @@ class LLM:
             prompts: a text, a list of token ids or a conversation, or a list of such prompts.
             params: one for all prompts, or one for each.
             progress: show a progress bar on a terminal.
+            cache_salt: share KV only with prompts of the same salt.
 
         Raises:
             InvalidRequest: for the first prompt that cannot run; nothing is returned.
             EngineStopped: it was closed, or the engine failed.
         """
-        return self._run(_as_prompts(prompts), params, progress=progress)
+        return self._run(_as_prompts(prompts), params, progress=progress, cache_salt=cache_salt)
 
     def chat(
         self,
@@ -84,10 +86,11 @@ class LLM:
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         progress: bool = True,
+        cache_salt: str | None = None,
     ) -> list[RequestOutput]:
         """The assistant's next turn in one conversation, or in each of several.
 
-        Raises: as `generate`; a text is no conversation.
+        Arguments and errors: as `generate`; a text is no conversation.
         """
         if isinstance(conversations, str) or any(isinstance(one, str) for one in conversations):
             raise InvalidRequest(
@@ -98,7 +101,7 @@ class LLM:
         prompts: list[Any] = list(conversations)
         if prompts and not isinstance(prompts[0], Sequence):
             prompts = [prompts]
-        return self._run(prompts, params, progress=progress)
+        return self._run(prompts, params, progress=progress, cache_salt=cache_salt)
 
     def stats(self) -> EngineStats:
         return self._call(_later(self._engine.stats))
@@ -119,6 +122,7 @@ class LLM:
         params: SamplingParams | Sequence[SamplingParams] | None,
         *,
         progress: bool,
+        cache_salt: str | None,
     ) -> list[RequestOutput]:
         each = _params_for(len(prompts), params)
         bar = _progress_bar() if progress else None
@@ -130,12 +134,13 @@ class LLM:
                 def done() -> None:
                     bar.advance(task)
 
-            return self._call(self._finish_all(prompts, each, done))
+            return self._call(self._finish_all(prompts, each, cache_salt, done))
 
     async def _finish_all(
         self,
         prompts: Sequence[Prompt],
         params: Sequence[SamplingParams],
+        cache_salt: str | None,
         done: Callable[[], None] | None,
     ) -> list[RequestOutput]:
         # Held back here, not refused there: more prompts than the engine queues is fine.
@@ -144,7 +149,7 @@ class LLM:
         async def finish(prompt: Prompt, one: SamplingParams) -> RequestOutput:
             one = msgspec.structs.replace(one, output_kind="final")
             async with places:
-                async for output in self._engine.generate(prompt, one):
+                async for output in self._engine.generate(prompt, one, cache_salt=cache_salt):
                     if done is not None:
                         done()
                     return output

@@ -133,6 +133,9 @@ class Submit(Message, frozen=True, kw_only=True):
     """Most output tokens, already cut to the context's length."""
     priority: int = 0
     """Lower runs first; equal priorities run first come, first served."""
+    cache_salt: str | None = None
+    """The tenant: blocks are shared among sequences of the same salt alone. None is a tenant
+    too, the common one."""
 
 
 class Cancel(Message, frozen=True, kw_only=True):

@@ -22,7 +22,9 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     host_blocks: int = 0
     """Host pool slots in all (its ceiling)."""
     resident_blocks: int = 0
-    """Device slots in use."""
+    """Device slots in use, those of cached blocks not counted."""
+    cached_blocks: int = 0
+    """Blocks in device slots that only the prefix cache keeps: they count as free."""
     streamed_blocks: int = 0
     parked_blocks: int = 0
     pooled_blocks: int = 0
@@ -40,7 +42,14 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     prompt_tokens: int = 0
     """Prompt tokens computed."""
     cached_tokens: int = 0
-    """Prompt tokens whose KV was shared instead of computed."""
+    """Prompt tokens whose KV was found instead of computed."""
+    prefix_query_tokens: int = 0
+    """Tokens of sequences that looked for their leading blocks, those that start over
+    included."""
+    prefix_hit_tokens: int = 0
+    """Tokens that they found."""
+    cache_evictions: int = 0
+    """Cached blocks whose slots were taken for others."""
     output_tokens: int = 0
     sequences_finished: int = 0
     """Ended for any reason, cancelled ones included."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import secrets
 from collections.abc import Callable
 from typing import Any
 
@@ -81,9 +82,11 @@ def _schedule(parts: Parts, config: EngineConfig) -> Schedule:
             first_staging_slot=memory.first_staging_slot,
         ),
         block_tokens=config.block_tokens,
-        token_budget=config.token_budget,
-        max_running=config.max_running_sequences,
+        token_budget=parts.limits.token_budget,
+        max_running=parts.limits.max_running_sequences,
         eos_ids=parts.eos_ids,
+        shares_prefixes=config.prefix_caching,
+        prefix_seed=secrets.token_bytes(32),
         streamed_limit=min(config.streamed_blocks or 0, _most_streamed(parts)),
     )
 

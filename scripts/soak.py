@@ -4,7 +4,8 @@
 
 Each seed draws memories, options and requests; the engine runs them with the happens-before
 checker and the invariants on, and must give the tokens of a run in which everything fits and
-hold no block afterwards. A failing seed is printed with the command that replays it.
+nothing is shared, and hold no block afterwards but cached ones. A failing seed is printed with
+the command that replays it.
 """
 
 from __future__ import annotations
@@ -19,7 +20,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tests.support.soak import Scenario, SoakFailed, compare
 
-COUNTED = ("preemptions_parked", "preemptions_recomputed", "demotions", "promotions")
+COUNTED = (
+    "preemptions_parked",
+    "preemptions_recomputed",
+    "demotions",
+    "promotions",
+    "prefix_query_tokens",
+    "prefix_hit_tokens",
+    "cache_evictions",
+)
 
 
 def main() -> int:

@@ -6,6 +6,7 @@ import math
 
 import pytest
 
+from pie_async.assembly import default_limits
 from pie_async.config import GIB, KIB, MIB, EngineConfig, format_size, parse_size
 from pie_async.errors import ConfigError
 
@@ -111,3 +112,39 @@ def test_streaming_without_a_pool_is_refused():
     with pytest.raises(ConfigError, match="host_pool_bytes is 0") as refused:
         EngineConfig(host_pool_bytes=0, streamed_blocks=5)
     assert refused.value.option == "streamed_blocks"
+
+
+@pytest.mark.parametrize("value", [0.9, 1, "0.5", "90%", "80GiB", 80 * GIB, "500MB"])
+def test_gpu_memory_is_a_share_or_a_size(value):
+    assert EngineConfig(gpu_memory=value).gpu_memory == value
+
+
+@pytest.mark.parametrize(
+    "value", [0, 0.0, "0", "0%", "150%", "1.5", 1.5, -1, "-1GiB", "abc", "", "12", 1e300 * 1e10]
+)
+def test_gpu_memory_that_is_nonsense_is_refused(value):
+    with pytest.raises(ConfigError, match=r"gpu_memory must be a share .* or a size") as refused:
+        EngineConfig(gpu_memory=value)
+    assert refused.value.option == "gpu_memory"
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("target", [0.0, -1.0, float("inf"), float("nan")])
+def test_an_itl_target_is_a_time(target):
+    with pytest.raises(ConfigError, match="above 0") as refused:
+        EngineConfig(itl_target_s=target)
+    assert refused.value.option == "itl_target_s"
+
+
+def test_a_token_budget_and_a_target_for_it_contradict_each_other():
+    with pytest.raises(ConfigError, match="give one of them"):
+        EngineConfig(itl_target_s=0.05, token_budget=512)
+
+
+@pytest.mark.parametrize(
+    ("device", "limits"), [("cpu", (512, 64)), ("sim", (512, 64)), ("cuda", (8192, 256))]
+)
+def test_limits_suit_the_device_unless_they_are_set(device, limits):
+    assert default_limits(EngineConfig(device=device)) == limits
+    given = EngineConfig(device=device, token_budget=100, max_running_sequences=7)
+    assert default_limits(given) == (100, 7)

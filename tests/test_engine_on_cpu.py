@@ -28,6 +28,7 @@ from pie_async.messages import (
     StageIteration,
     TableUpdate,
 )
+from pie_async.metrics import EngineStats
 from pie_async.model.runner import ModelRunner
 from tests.support.cpu_rig import random_decoder
 from tests.support.device_rigs import LAYOUT
@@ -119,6 +120,58 @@ def test_sampled_tokens_are_the_same_too():
     assert stats.h2d_bytes > 0
 
 
+# --- prefixes that are found ------------------------------------------------------------------
+
+
+def converse(turns: int = 4, **how) -> tuple[list[tuple[int, ...]], list[int], EngineStats]:
+    """Two conversations that begin alike; outputs, tokens found by each, and the stats."""
+    params = SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True)
+    talks = [prompt(1, 60), [*prompt(1, 40), *prompt(2, 25)]]
+    tokens, found = [], []
+    with LLM(**options(**how)) as llm:
+        for turn in range(turns):
+            for talk in talks:
+                (output,) = llm.generate(talk, params, progress=False)
+                tokens.append(output.outputs[0].token_ids)
+                found.append(output.num_cached_tokens)
+                talk += [*tokens[-1], *prompt(turn + 7, 9)]
+        return tokens, found, llm.stats()
+
+
+def test_every_turn_of_a_conversation_finds_the_ones_before_it():
+    expected, none, stats = converse(prefix_caching=False)
+    assert set(none) == {0}
+    assert (stats.cached_blocks, stats.prefix_query_tokens) == (0, 0)
+    tokens, found, stats = converse(debug=True)
+    assert tokens == expected
+    # Prompts of 60 and 65 tokens, the first 40 the same; each turn adds 40 + 9, of which the
+    # last output token has no KV.
+    assert found == [0, 32, 96, 96, 144, 144, 192, 192]
+    assert stats.cached_tokens == stats.prefix_hit_tokens == sum(found)
+    assert stats.resident_blocks == stats.cache_evictions == 0
+    assert stats.cached_blocks > 20
+
+
+def test_on_a_device_that_holds_one_conversation_the_tokens_are_the_same():
+    expected, _, _ = converse(prefix_caching=False)
+    for how in ({"host_blocks": 0}, {"streamed_blocks": 20}):
+        tokens, found, stats = converse(device_blocks=20, debug=True, **how)
+        assert tokens == expected
+        assert sum(found) > 0
+        assert stats.cache_evictions > 0
+        assert stats.preemptions_parked == stats.preemptions_recomputed == 0
+
+
+def test_tenants_find_only_their_own_prefixes():
+    with LLM(**options()) as llm:
+
+        def found(salt: str | None) -> int:
+            (output,) = llm.generate(prompt(1, 60), GREEDY, progress=False, cache_salt=salt)
+            return output.num_cached_tokens
+
+        assert [found(salt) for salt in (None, "a", "b", "a", "b", None)] == [0, 0, 0, 48, 48, 48]
+
+
 # --- bit for bit ------------------------------------------------------------------------------
 
 
@@ -146,13 +199,13 @@ class Lockstep:
         )
         self.device.load(runner)
         self.logits: list[torch.Tensor] = []
-        sample = runner._sampler.sample
+        sample = runner._lanes.sampler.sample
 
         def keep_and_sample(logits, *args):
             self.logits.append(logits.clone())
             return sample(logits, *args)
 
-        runner._sampler.sample = keep_and_sample
+        runner._lanes.sampler.sample = keep_and_sample
         self._is_pooled = is_pooled
 
     async def run(self, iterations: int = 12) -> list[list[int]]:

@@ -81,6 +81,7 @@ BY_NAME = {
     "prompt_logprobs": PARTS[PromptLogprobs],
     "advances": PARTS[Advance],
     "is_staged": st.booleans(),
+    "cache_salt": st.none() | st.text(max_size=8),
 }
 MANY = {"rows", "bindings", "tables", "runs", "moves", "sampled", "prompt_logprobs", "advances"}
 TUPLES_OF_INTS = {"sequences", "prompt_tokens", "blocks"}

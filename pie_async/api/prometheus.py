@@ -112,7 +112,13 @@ def _counters(stats: EngineStats) -> dict[str, tuple[str, float]]:
     return {
         "iterations": ("Forward passes", stats.iterations),
         "prompt_tokens": ("Prompt tokens computed", stats.prompt_tokens),
-        "cached_tokens": ("Prompt tokens whose KV was shared instead", stats.cached_tokens),
+        "cached_tokens": ("Prompt tokens whose KV was found instead", stats.cached_tokens),
+        "prefix_query_tokens": (
+            "Tokens of sequences that looked for their leading blocks",
+            stats.prefix_query_tokens,
+        ),
+        "prefix_hit_tokens": ("Tokens that they found", stats.prefix_hit_tokens),
+        "cache_evictions": ("Cached blocks whose slots were taken", stats.cache_evictions),
         "output_tokens": ("Tokens generated", stats.output_tokens),
         "sequences_finished": ("Sequences that ended, for any reason", stats.sequences_finished),
         "sequences_cancelled": (
@@ -136,6 +142,7 @@ def _labelled(stats: EngineStats) -> Iterator[Metric]:
     yield _by_label(
         GaugeMetricFamily("pie:blocks", "KV blocks by where they are", labels=["state"]),
         resident=stats.resident_blocks,
+        cached=stats.cached_blocks,
         streamed=stats.streamed_blocks,
         parked=stats.parked_blocks,
     )

@@ -14,6 +14,7 @@ from pie_async.cli.hardware import Hardware, memory_warning, read_hardware
 from pie_async.cli.options import MODEL, with_engine_flags
 from pie_async.cli.plan import MemoryPlan, memory_plan, plan_lines
 from pie_async.config import BUILTIN_MODEL, MIB, EngineConfig, format_size
+from pie_async.errors import ConfigError
 
 COPY_BYTES = 64 * MIB
 COPY_S = 0.2
@@ -30,12 +31,24 @@ class CopyRates(msgspec.Struct, frozen=True, kw_only=True):
     layer_block_bytes: int
 
 
+class Gpu(msgspec.Struct, frozen=True, kw_only=True):
+    """A GPU that torch sees."""
+
+    name: str
+    capability: str
+    total_bytes: int
+
+
 class Torch(msgspec.Struct, frozen=True, kw_only=True):
     """The installed torch."""
 
     version: str
     threads: int
-    gpus: list[str]
+    cuda: str | None
+    """The CUDA version it was built with; None: without CUDA."""
+    gpus: list[Gpu]
+    missing_for_cuda: str | None
+    """What keeps device cuda from working, in one line; None: nothing."""
 
 
 class Diagnosis(msgspec.Struct, frozen=True, kw_only=True):
@@ -88,8 +101,34 @@ def diagnose(config: EngineConfig) -> Diagnosis:
 def _torch() -> Torch:
     import torch
 
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return Torch(version=str(torch.__version__), threads=torch.get_num_threads(), gpus=gpus)
+    return Torch(
+        version=str(torch.__version__),
+        threads=torch.get_num_threads(),
+        cuda=torch.version.cuda,
+        gpus=[_gpu(number) for number in range(torch.cuda.device_count())],
+        missing_for_cuda=_missing_for_cuda(),
+    )
+
+
+def _gpu(number: int) -> Gpu:
+    import torch
+
+    properties = torch.cuda.get_device_properties(number)
+    return Gpu(
+        name=properties.name,
+        capability=f"{properties.major}.{properties.minor}",
+        total_bytes=properties.total_memory,
+    )
+
+
+def _missing_for_cuda() -> str | None:
+    from pie_async.cuda.errors import require_cuda
+
+    try:
+        require_cuda()
+    except ConfigError as error:
+        return str(error)
+    return None
 
 
 def _measure_copies(layer_block_bytes: int) -> CopyRates:
@@ -135,8 +174,14 @@ def lines(found: Diagnosis) -> Iterator[str]:
         f"{found.torch.threads} torch threads"
     )
     yield f"memory: {', '.join(_memory(hardware))}"
-    if found.torch.gpus:
-        yield f"GPU: {', '.join(found.torch.gpus)} (--device cuda computes on the first)"
+    for gpu in found.torch.gpus:
+        yield (
+            f"GPU: {gpu.name}, {format_size(gpu.total_bytes)}, compute capability {gpu.capability}"
+        )
+    if found.torch.gpus and found.torch.missing_for_cuda:
+        yield found.torch.missing_for_cuda
+    elif found.torch.gpus:
+        yield "--device cuda computes on the first GPU"
     else:
         yield "GPU: none; models run on the CPU, whose memory plays device arena and host pool"
     copies = found.copies

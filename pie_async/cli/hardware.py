@@ -65,12 +65,16 @@ def memory_warning(plan: MemoryPlan) -> str | None:
     usable = usable_bytes(read_hardware())
     if plan.family == "simulated" or usable is None:
         return None
-    wanted = plan.weight_bytes + plan.device_kv_bytes + plan.host_pool_bytes
+    wanted = plan.host_pool_bytes
+    if not plan.is_on_gpu:
+        wanted += plan.weight_bytes + plan.device_kv_bytes
     if wanted <= usable:
         return None
+    parts = "the pool" if plan.is_on_gpu else "weights, arena and pool"
+    flags = "--host-pool" if plan.is_on_gpu else "--host-pool or --device-kv"
     return (
-        f"warning: weights, arena and pool may take {format_size(wanted)}, but "
-        f"{format_size(usable)} of memory are free; lower --host-pool or --device-kv"
+        f"warning: {parts} may take {format_size(wanted)}, but {format_size(usable)} of memory "
+        f"are free; lower {flags}"
     )
 
 

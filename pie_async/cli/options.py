@@ -11,12 +11,24 @@ from typing import Annotated, Any, TypeVar, get_args
 import msgspec
 import typer
 
-from pie_async.config import DeviceName, DtypeName, EngineConfig, format_size, parse_size
+from pie_async.config import (
+    DEVICE_KV_BYTES,
+    DeviceName,
+    DtypeName,
+    EngineConfig,
+    Kernels,
+    LoadFormat,
+    Quantization,
+    check_gpu_memory,
+    format_size,
+    parse_size,
+)
 from pie_async.errors import ConfigError
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 _COUNT = re.compile(r"(-?\d{1,15}(?:\.\d{1,15})?)(|[km]i?)", re.IGNORECASE)
+_SECONDS = re.compile(r"(\d{1,9}(?:\.\d{1,9})?)\s*(|s|ms)")
 _COUNT_UNITS = {"": 1, "k": 1000, "m": 1000**2, "ki": 1024, "mi": 1024**2}
 
 
@@ -39,6 +51,27 @@ def rate(text: str) -> float:
     return float(_refusing(lambda: parse_size(text.removesuffix("/s"), option="the rate")))
 
 
+def seconds(text: str) -> float:
+    """Seconds from "50ms", "0.05s" or a plain number."""
+    match = _SECONDS.fullmatch(text.strip())
+    if match is None:
+        raise typer.BadParameter(f"{text!r} is not a time; write for example 50ms or 0.05")
+    return float(match[1]) * (1e-3 if match[2] == "ms" else 1.0)
+
+
+def gpu_memory(text: str) -> str:
+    """A size or a share of the card, as written."""
+    _refusing(lambda: check_gpu_memory(text))
+    return text
+
+
+def load_format(text: str) -> str:
+    """Where weights come from."""
+    if text == "dummy":
+        raise typer.BadParameter("'dummy', as vLLM calls it, is 'random' here")
+    return one_of(*get_args(LoadFormat))(text)
+
+
 def one_of(*allowed: str) -> Callable[[str], str]:
     """A parser for a choice of words."""
 
@@ -50,7 +83,10 @@ def one_of(*allowed: str) -> Callable[[str], str]:
     return parse
 
 
-def _refusing(parse: Callable[[], int]) -> int:
+_Number = TypeVar("_Number", int, float)
+
+
+def _refusing(parse: Callable[[], _Number]) -> _Number:
     try:
         return parse()
     except ConfigError as error:
@@ -68,6 +104,12 @@ class _Flag(msgspec.Struct, frozen=True):
     panel: str = "Engine"
 
     @property
+    def spellings(self) -> str:
+        """What is on unless it is switched off has a second name for that."""
+        off = "/--no-" + self.name.removeprefix("--")
+        return self.name + off if self.parser is None and self.default == "on" else self.name
+
+    @property
     def variable(self) -> str:
         return "PIE_" + self.name.removeprefix("--").replace("-", "_").upper()
 
@@ -77,9 +119,14 @@ _DEFAULTS = EngineConfig()
 
 # `model` is every command's argument; all other fields of EngineConfig are here.
 FLAGS: dict[str, _Flag] = {
+    "gpu_memory": _Flag(
+        "--gpu-memory", gpu_memory, "SIZE|SHARE",
+        "Cap of everything taken on the card: 80GiB, 0.9 or 90% (cuda).",
+        str(_DEFAULTS.gpu_memory), _MEMORY,
+    ),
     "device_kv_bytes": _Flag(
         "--device-kv", size, "SIZE", "Device arena: KV that is resident.",
-        format_size(_DEFAULTS.device_kv_bytes), _MEMORY,
+        f"{format_size(DEVICE_KV_BYTES)}; on cuda what --gpu-memory leaves", _MEMORY,
     ),
     "host_pool_bytes": _Flag(
         "--host-pool", size, "SIZE", "Ceiling of the host pool; 0 switches pooling off.",
@@ -113,17 +160,42 @@ FLAGS: dict[str, _Flag] = {
         "--dtype", one_of(*get_args(DtypeName)), "|".join(get_args(DtypeName)),
         "What the model computes in; auto is float32 on the CPU.", _DEFAULTS.dtype,
     ),
+    "load_format": _Flag(
+        "--load-format", load_format, "|".join(get_args(LoadFormat)),
+        "Where weights come from; random needs a config.json or a shape's name alone.",
+        _DEFAULTS.load_format,
+    ),
+    "quantization": _Flag(
+        "--quantization", one_of(*get_args(Quantization)), "|".join(get_args(Quantization)),
+        "What weights are converted to when loaded (cuda).", "none",
+    ),
     "max_model_len": _Flag(
         "--max-model-len", count, "N", "Longest prompt plus output, in tokens.",
         "what model and memory hold",
     ),
     "max_running_sequences": _Flag(
-        "--max-running", count, "N", "Most sequences in one iteration.",
-        str(_DEFAULTS.max_running_sequences),
+        "--max-running", count, "N", "Most sequences in one iteration.", "64; on cuda 256",
     ),
     "token_budget": _Flag(
-        "--token-budget", count, "N", "Most tokens in one iteration.",
-        str(_DEFAULTS.token_budget),
+        "--token-budget", count, "N", "Most tokens in one iteration.", "512; on cuda 8192",
+    ),
+    "kernels": _Flag(
+        "--kernels", one_of(*get_args(Kernels)), "|".join(get_args(Kernels)),
+        "torch computes with torch's own operators, slowly, as a reference (cuda).",
+        _DEFAULTS.kernels,
+    ),
+    "cuda_graphs": _Flag(
+        "--cuda-graphs", None, None,
+        "Replay decode iterations instead of launching their kernels one by one (cuda).", "on",
+    ),
+    "itl_target_s": _Flag(
+        "--itl-target", seconds, "TIME",
+        "Most time between two tokens while others prefill; sets the token budget (cuda).",
+        "no target",
+    ),
+    "prefix_caching": _Flag(
+        "--prefix-caching", None, None,
+        "Share the KV of equal leading tokens, also of requests that have ended.", "on",
     ),
     "iterations_in_flight": _Flag(
         "--iterations-in-flight", count, "1|2", "Iterations issued before tokens are back.",
@@ -196,7 +268,7 @@ def with_engine_flags(command: Command) -> Command:
 
 def _parameter(field: str, flag: _Flag) -> inspect.Parameter:
     option = typer.Option(
-        flag.name,
+        flag.spellings,
         parser=flag.parser,
         metavar=flag.metavar,
         help=f"{flag.help} Default: {flag.default}.",

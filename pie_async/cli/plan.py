@@ -7,16 +7,27 @@ from collections.abc import Iterator
 import msgspec
 
 from pie_async.assembly import (
+    FEWEST_DEVICE_SLOTS,
     SIM_MODEL,
     SIM_POSITIONS,
     compute_dtype,
-    count_slots,
+    count_device_slots,
+    count_host_slots,
     longest_sequence,
     model_layout,
+    read_model,
+    refuse_quantization,
     served_name,
     sim_layout,
 )
-from pie_async.config import BUILTIN_MODEL, EngineConfig, format_size
+from pie_async.config import (
+    BUILTIN_MODEL,
+    DEVICE_KV_BYTES,
+    GIB,
+    MIB,
+    EngineConfig,
+    format_size,
+)
 from pie_async.core.layout import KvLayout
 
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
@@ -36,6 +47,10 @@ class MemoryPlan(msgspec.Struct, frozen=True, kw_only=True):
     """One block in all layers."""
     token_bytes: int
     device_kv_bytes: int
+    is_on_gpu: bool
+    """Weights and arena; the host pool never is."""
+    is_estimated: bool
+    """Whether the arena gets what is left on the GPU, which only loading the model can tell."""
     device_blocks: int
     device_tokens: int
     host_pool_bytes: int
@@ -52,10 +67,13 @@ def memory_plan(config: EngineConfig) -> MemoryPlan:
     Raises:
         ConfigError, ModelError: as the engine itself would, before it loads anything.
     """
+    if config.device != "cuda":
+        refuse_quantization(config)
     shape = _sim_shape(config) if config.device == "sim" else _model_shape(config)
     layout = shape.layout
-    device_blocks, host_blocks = count_slots(config, layout)
-    longest = longest_sequence(config, layout, shape.max_positions)
+    host_blocks = count_host_slots(config, layout)
+    device_blocks = _device_blocks(config, shape)
+    longest = longest_sequence(config, layout, shape.max_positions, device_blocks + host_blocks)
     return MemoryPlan(
         model=shape.name,
         family=shape.family,
@@ -66,7 +84,13 @@ def memory_plan(config: EngineConfig) -> MemoryPlan:
         block_tokens=layout.block_tokens,
         block_bytes=layout.block_bytes,
         token_bytes=layout.block_bytes // layout.block_tokens,
-        device_kv_bytes=config.device_kv_bytes,
+        device_kv_bytes=(
+            device_blocks * layout.block_bytes
+            if _is_left_over(config)
+            else config.device_kv_bytes or DEVICE_KV_BYTES
+        ),
+        is_on_gpu=config.device == "cuda",
+        is_estimated=_is_left_over(config),
         device_blocks=device_blocks,
         device_tokens=device_blocks * layout.block_tokens,
         host_pool_bytes=config.host_pool_bytes,
@@ -94,9 +118,11 @@ def plan_lines(plan: MemoryPlan) -> Iterator[str]:
         f"one KV block: {plan.block_tokens} tokens, {format_size(plan.block_bytes)} over "
         f"{plan.num_layers} layers ({format_size(plan.token_bytes)} per token)"
     )
+    about = "about " if plan.is_estimated else ""
+    flag = "--gpu-memory" if plan.is_estimated else "--device-kv"
     yield (
-        f"device arena {format_size(plan.device_kv_bytes)}: {plan.device_blocks:,} blocks, "
-        f"{plan.device_tokens:,} tokens resident (--device-kv)"
+        f"device arena {about}{format_size(plan.device_kv_bytes)}: {plan.device_blocks:,} blocks, "
+        f"{plan.device_tokens:,} tokens resident ({flag})"
     )
     if plan.host_blocks:
         yield (
@@ -105,6 +131,43 @@ def plan_lines(plan: MemoryPlan) -> Iterator[str]:
         )
     else:
         yield "host pool off: what does not fit is recomputed (--host-pool)"
+
+
+def _is_left_over(config: EngineConfig) -> bool:
+    return config.device == "cuda" and config.device_kv_bytes is None
+
+
+def _device_blocks(config: EngineConfig, shape: _Shape) -> int:
+    """Of the arena; where it gets what is left on the GPU, about as many as that will be.
+
+    Raises:
+        ConfigError: the weights do not fit, or the arena is too small.
+    """
+    if not _is_left_over(config):
+        return count_device_slots(config, shape.layout)
+    import torch
+
+    from pie_async.cuda.errors import require_cuda
+    from pie_async.cuda.memory_budget import Card, require_weights
+
+    require_cuda(config.quantization)
+    total_bytes = torch.cuda.get_device_properties(0).total_memory
+    card = Card(total_bytes=total_bytes, free_bytes=total_bytes - _CONTEXT_BYTES)
+    cap_bytes = card.cap_bytes(config.gpu_memory)
+    require_weights(
+        shape.weight_bytes,
+        card,
+        cap_bytes,
+        gpu=torch.cuda.get_device_name(0),
+        dtype_name=shape.dtype,
+    )
+    left_bytes = cap_bytes - card.context_bytes - shape.weight_bytes - _WORK_BYTES
+    return max(FEWEST_DEVICE_SLOTS, left_bytes // shape.layout.block_bytes)
+
+
+_CONTEXT_BYTES = 600 * MIB
+_WORK_BYTES = 3 * GIB
+"""Activations, graphs and the like; the engine measures them."""
 
 
 class _Shape(msgspec.Struct, frozen=True, kw_only=True):
@@ -118,10 +181,7 @@ class _Shape(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def _model_shape(config: EngineConfig) -> _Shape:
-    from pie_async.model.checkpoint import resolve_model
-    from pie_async.model.config import read_config
-
-    model = read_config(resolve_model(config.model))
+    _, model = read_model(config)
     dtype = compute_dtype(config, model.dtype)
     return _Shape(
         name=served_name(config.model),

@@ -115,7 +115,7 @@ class _Batch:
             if seq is None or self._is_behind_parked(seq) or not self._may_admit(seq):
                 return
             schedule.start(seq)
-            self._adopt_prefix(seq)
+            schedule.adopt_prefix(seq)
             self._add_chunk(seq)
 
     def _is_behind_parked(self, seq: Sequence) -> bool:
@@ -132,27 +132,6 @@ class _Batch:
             return True
         wanted = self._schedule.blocks_for(len(seq.tokens)) + self._promised_blocks + num_running
         return wanted <= pressure.room(self._schedule)
-
-    def _adopt_prefix(self, seq: Sequence) -> None:
-        """Share the blocks of sequences that have computed the same leading tokens."""
-        if not self._schedule.may_share(seq):
-            return
-        size = self._schedule.block_tokens
-        parent = None
-        for index in range((len(seq.tokens) - 1) // size):
-            tokens = tuple(seq.tokens[index * size : (index + 1) * size])
-            block = self._schedule.residency.find_prefix(parent, tokens)
-            if block is None or block.read_slot is None or block.is_leaving:
-                break
-            block.owners.append((seq, index))
-            seq.table.append(block)
-            parent = block
-        shared = len(seq.table) * size
-        seq.num_launched = seq.num_settled = shared
-        seq.num_sealed = len(seq.table)
-        if seq.num_outputs == 0:
-            seq.num_cached_tokens = shared
-            self._schedule.counts.cached_tokens += shared
 
     def _add_chunk(self, seq: Sequence) -> None:
         """As much of a prompt as budget and free slots allow."""

@@ -23,6 +23,7 @@ def check(schedule: Schedule) -> None:
     _check_pool(residency, residency.staging, (b.staging_slot for b in blocks))
     for block in blocks:
         _check_block(residency, block)
+    _check_cache(residency)
     for seq in schedule.sequences.values():
         _check_sequence(schedule, seq)
     _check_owners(schedule)
@@ -35,7 +36,10 @@ def _require(holds: bool, sentence: str) -> None:
 
 
 def _check_pool(residency: ResidencyMap, pool: SlotPool, used: Iterable[int | None]) -> None:
-    """Every slot is exactly one of: free, mapped by one block, in limbo."""
+    """Every slot is exactly one of: free, mapped by one block, in limbo.
+
+    The block is owned or cached or, ownerless, still being copied: one of these (`_check_block`).
+    """
     mapped = [slot for slot in used if slot is not None]
     limbo = residency.limbo_slots(pool)
     held = mapped + limbo
@@ -65,7 +69,36 @@ def _check_block(residency: ResidencyMap, block: Block) -> None:
         (block.id in residency.streamed) == block.is_streamed,
         f"{name}: streamed list disagrees with its staging slot",
     )
-    _require(bool(block.owners) or block.move is not None, f"{name} has no owner")
+    is_cached = block in residency.cache
+    _require(bool(block.owners) or block.move is not None or is_cached, f"{name} has no owner")
+    _require(not (block.owners and is_cached), f"{name} is cached but has owners")
+
+
+def _check_cache(residency: ResidencyMap) -> None:
+    """Cached are resident sealed blocks that are found by their digests and nobody needs."""
+    before = None
+    for block, read_until in residency.cache.cached():
+        name = f"cached block {block.id}"
+        _require(residency.blocks.get(block.id) is block, f"{name} is not in the books")
+        _require(block.is_sealed and block.is_resident, f"{name} is not sealed and resident")
+        is_alone = block.move is None and block.host_slot is None and not block.is_streamed
+        _require(is_alone, f"{name} is copied, pooled or streamed")
+        is_found = block.digest is not None and residency.cache.find(block.digest) is block
+        _require(is_found, f"{name} is not found by its digest")
+        _require(
+            residency.is_read(read_until) == (read_until is not None),
+            f"{name} waits for iteration {read_until}, which is over",
+        )
+        _require(
+            before is None or (read_until is not None and read_until >= before),
+            f"{name} cools behind a later one",
+        )
+        before = read_until
+    for digest, block in residency.cache.index.items():
+        _require(
+            residency.blocks.get(block.id) is block and block.is_sealed and block.digest == digest,
+            f"the prefix index names block {block.id} by another digest or after its end",
+        )
 
 
 def _check_sequence(schedule: Schedule, seq: Sequence) -> None:
@@ -83,6 +116,19 @@ def _check_sequence(schedule: Schedule, seq: Sequence) -> None:
         _require(not unsealed, f"{name} writes to blocks that are not resident: {unsealed}")
         open_copies = [b.id for b in seq.table if not b.is_sealed and b.host_slot is not None]
         _require(not open_copies, f"{name} writes to blocks with pooled copies: {open_copies}")
+    if schedule.shares_prefixes:
+        _check_digests(schedule, seq)
+
+
+def _check_digests(schedule: Schedule, seq: Sequence) -> None:
+    """Its sealed blocks hold its tenant's KV of its own tokens, whoever computed them."""
+    digest = seq.prefix_root
+    for index, block in enumerate(seq.table[: seq.num_sealed]):
+        digest = schedule.hasher.digest(digest, seq.tokens, index)
+        _require(
+            block.digest == digest,
+            f"sequence {seq.id} has other tokens than block {block.id} at {index} of its table",
+        )
 
 
 def _check_owners(schedule: Schedule) -> None:

@@ -38,7 +38,7 @@ def room(schedule: Schedule) -> int:
 def wanted_streamed(schedule: Schedule) -> int:
     """Blocks that would be streamed if everything submitted ran at once."""
     held = sum(len(seq.table) for seq in schedule.parked) + schedule.waiting_blocks
-    in_use = schedule.residency.device.num_used + schedule.residency.num_streamed
+    in_use = schedule.residency.used_device + schedule.residency.num_streamed
     growth = len(schedule.running)
     return max(0, in_use + held + growth - schedule.residency.device.size)
 

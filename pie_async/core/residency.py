@@ -12,6 +12,7 @@ from collections import OrderedDict, deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
+from pie_async.core.prefix_cache import PrefixCache
 from pie_async.core.slots import SlotPool
 from pie_async.ids import BlockId, DeviceSlot, HostSlot
 from pie_async.messages import BlockMove
@@ -40,8 +41,8 @@ class Block:
     """The copy that is under way."""
     owners: list[tuple[Sequence, int]] = field(default_factory=list)
     """Sequences that share the block, and its index in their tables."""
-    key: tuple[BlockId | None, tuple[int, ...]] | None = None
-    """Entry in the prefix index."""
+    digest: bytes | None = None
+    """Names what it holds, once it is sealed; None if prefixes are not shared."""
 
     @property
     def is_resident(self) -> bool:
@@ -60,6 +61,11 @@ class Block:
     def is_leaving(self) -> bool:
         """It is being copied out and will then be only pooled: nobody new may read it."""
         return self.move == "out" and self.staging_slot is None
+
+    @property
+    def is_shareable(self) -> bool:
+        """A new owner can read it, now and later."""
+        return self.read_slot is not None and not self.is_leaving
 
     @property
     def read_slot(self) -> DeviceSlot | None:
@@ -87,7 +93,7 @@ class ResidencyMap:
         can be taken back."""
         self.moving_out = 0
         self.moving_in = 0
-        self.prefixes: dict[tuple[BlockId | None, tuple[int, ...]], Block] = {}
+        self.cache = PrefixCache()
         self._limbo: deque[tuple[int, SlotPool, int]] = deque()
         self._device_in_limbo = 0
         self._last_launch = 0
@@ -107,13 +113,24 @@ class ResidencyMap:
             _, pool, slot = self._limbo.popleft()
             pool.give_back(slot)
             self._device_in_limbo -= pool is self.device
+        self.cache.settled(iteration)
+
+    @property
+    def _read_until(self) -> int | None:
+        """The newest iteration that may touch any slot mapped now; None if all are over."""
+        return self._last_launch if self._last_launch > self._last_settled else None
 
     def _retire(self, pool: SlotPool, slot: int) -> None:
-        if self._last_launch <= self._last_settled:
+        read_until = self._read_until
+        if read_until is None:
             pool.give_back(slot)
         else:
-            self._limbo.append((self._last_launch, pool, slot))
+            self._limbo.append((read_until, pool, slot))
             self._device_in_limbo += pool is self.device
+
+    def is_read(self, until: int | None) -> bool:
+        """Whether an iteration up to `until` may still touch what it was issued with."""
+        return until is not None and until > self._last_settled
 
     def limbo_slots(self, pool: SlotPool) -> list[int]:
         return [slot for _, owner, slot in self._limbo if owner is pool]
@@ -122,12 +139,18 @@ class ResidencyMap:
 
     @property
     def free_device(self) -> int:
-        return self.device.num_free
+        """Device slots to be had at once: free ones and those of cached blocks."""
+        return self.device.num_free + self.cache.num_evictable
 
     @property
     def coming_device(self) -> int:
         """Device slots that become free without another decision."""
-        return self.moving_out + self._device_in_limbo
+        return self.moving_out + self._device_in_limbo + self.cache.num_cooling
+
+    @property
+    def used_device(self) -> int:
+        """Device slots that sequences, copies or issued iterations need."""
+        return self.device.num_used - len(self.cache)
 
     @property
     def num_streamed(self) -> int:
@@ -142,23 +165,48 @@ class ResidencyMap:
 
     def allocate(self) -> Block | None:
         """A new resident block, not sealed, owned by nobody yet; None if no slot is free."""
-        slot = self.device.take()
+        slot = self._take_device()
         if slot is None:
             return None
-        block = Block(BlockId(self._next_id), device_slot=DeviceSlot(slot))
+        block = Block(BlockId(self._next_id), device_slot=slot)
         self._next_id += 1
         self.blocks[block.id] = block
         return block
 
+    def _take_device(self) -> DeviceSlot | None:
+        """A free slot, or else that of the cached block which was used least recently."""
+        slot = self.device.take()
+        if slot is not None:
+            return DeviceSlot(slot)
+        evicted = self.cache.evict()
+        if evicted is None:
+            return None
+        del self.blocks[evicted.id]
+        return evicted.device_slot
+
+    def adopt(self, block: Block, owner: Sequence, index: int) -> None:
+        """`owner` shares a block that `cache.find` found, as the one at `index` of its table."""
+        self.cache.take_up(block)
+        block.owners.append((owner, index))
+
     def release(self, block: Block, owner: Sequence) -> None:
-        """`owner` no longer needs the block; without owners it is freed, or, while a copy of
+        """`owner` no longer needs the block; without owners it is let go, or, while a copy of
         it is under way, when that copy ends."""
         block.owners = [pair for pair in block.owners if pair[0] is not owner]
         if not block.owners and block.move is None:
+            self._let_go(block)
+
+    def _let_go(self, block: Block) -> None:
+        """Nobody owns it: it becomes a cached block where it is, or is freed."""
+        if block.digest is None or not block.is_resident or not self.cache.enter(block):
             self._free(block)
+            return
+        self._unstage(block)
+        self._drop_copy(block)
+        self.cache.keep(block, read_until=self._read_until)
 
     def _free(self, block: Block) -> None:
-        self._forget_prefix(block)
+        self.cache.forget(block)
         self._unstage(block)
         self.clean_resident.pop(block.id, None)
         if block.device_slot is not None:
@@ -177,23 +225,6 @@ class ResidencyMap:
             self.clean_resident.pop(block.id, None)
             self._retire(self.host, block.host_slot)
             block.host_slot = None
-
-    # --- prefixes -----------------------------------------------------------------------------
-
-    def remember_prefix(self, block: Block, parent: Block | None, tokens: tuple[int, ...]) -> None:
-        """Let later sequences with the same leading tokens share this block."""
-        key = (parent.id if parent else None, tokens)
-        if key not in self.prefixes:
-            self.prefixes[key] = block
-            block.key = key
-
-    def find_prefix(self, parent: Block | None, tokens: tuple[int, ...]) -> Block | None:
-        return self.prefixes.get((parent.id if parent else None, tokens))
-
-    def _forget_prefix(self, block: Block) -> None:
-        if block.key is not None:
-            del self.prefixes[block.key]
-            block.key = None
 
     # --- moves ----------------------------------------------------------------------------------
 
@@ -231,7 +262,7 @@ class ResidencyMap:
         if block.owners:
             self._leave_device(block)
         else:
-            self._free(block)
+            self._let_go(block)
 
     def _leave_device(self, block: Block) -> None:
         assert block.device_slot is not None
@@ -243,10 +274,10 @@ class ResidencyMap:
     def begin_promote(self, block: Block) -> BlockMove | None:
         """Start moving a pooled block back to stay; None if no device slot is free."""
         assert block.is_clean and block.device_slot is None and block.host_slot is not None
-        slot = self.device.take()
+        slot = self._take_device()
         if slot is None:
             return None
-        block.device_slot = DeviceSlot(slot)
+        block.device_slot = slot
         block.move = "in"
         self.moving_in += 1
         return BlockMove(block.id, block.device_slot, block.host_slot)
@@ -257,7 +288,7 @@ class ResidencyMap:
         block.move = None
         self.moving_in -= 1
         if not block.owners:
-            self._free(block)
+            self._let_go(block)
             return
         self._unstage(block)
         self.clean_resident[block.id] = block
@@ -297,9 +328,7 @@ class ResidencyMap:
     # --- host slots -----------------------------------------------------------------------------
 
     def _can_take_host(self) -> bool:
-        return self.host.num_free > 0 or bool(
-            self.clean_resident and self._last_launch <= self._last_settled
-        )
+        return self.host.num_free > 0 or bool(self.clean_resident and self._read_until is None)
 
     def _take_host(self) -> HostSlot | None:
         slot = self.host.take()

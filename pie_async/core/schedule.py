@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from operator import attrgetter
 
+from pie_async.core.prefix_hash import PrefixHasher
 from pie_async.core.residency import Block, ResidencyMap
 from pie_async.core.sequence import Sequence, State
 from pie_async.core.slots import SlotPool
@@ -42,6 +43,8 @@ class Counts:
 
     prompt_tokens: int = 0
     cached_tokens: int = 0
+    prefix_query_tokens: int = 0
+    prefix_hit_tokens: int = 0
     output_tokens: int = 0
     sequences_finished: int = 0
     sequences_cancelled: int = 0
@@ -61,6 +64,9 @@ class Schedule:
     max_running: int
     eos_ids: frozenset[int]
     shares_prefixes: bool = True
+    """Whether a sequence may take over blocks that another one has computed."""
+    prefix_seed: bytes = b""
+    """Makes the blocks' digests this process's own."""
     streamed_limit: int = 0
     """Blocks that may be streamed, as the governor says."""
 
@@ -73,6 +79,7 @@ class Schedule:
     in_flight: deque[Launched] = field(default_factory=deque)
     counts: Counts = field(default_factory=Counts)
     lanes: SlotPool = field(init=False)
+    hasher: PrefixHasher = field(init=False)
     is_starved: bool = False
     """Whether a running sequence found no device slot for its next tokens."""
     starved_plans: int = 0
@@ -86,6 +93,7 @@ class Schedule:
 
     def __post_init__(self) -> None:
         self.lanes = SlotPool("lane", self.max_running)
+        self.hasher = PrefixHasher(self.prefix_seed, self.block_tokens)
 
     # --- commands ---------------------------------------------------------------------------
 
@@ -93,6 +101,7 @@ class Schedule:
         """Queue a request's sequences. All but the first follow it: they start when its
         prompt is computed, and share its blocks."""
         leader: Sequence | None = None
+        prefix_root = self.hasher.root(command.cache_salt)
         for index, sequence_id in enumerate(command.sequences):
             seq = Sequence(
                 id=sequence_id,
@@ -103,6 +112,7 @@ class Schedule:
                 seed=command.seed + index,
                 max_tokens=command.max_tokens,
                 order=(command.priority, self._arrivals),
+                prefix_root=prefix_root,
             )
             self._arrivals += 1
             self.sequences[seq.id] = seq
@@ -267,16 +277,47 @@ class Schedule:
         seq.lane = None
 
     def _release_table(self, seq: Sequence) -> None:
-        for block in seq.table:
+        for block in reversed(seq.table):  # a cached block without those before it is no use
             self.residency.release(block, seq)
         seq.table.clear()
         seq.dirty_from = None
 
-    # --- followers ----------------------------------------------------------------------------
+    # --- sharing ------------------------------------------------------------------------------
 
     def may_share(self, seq: Sequence) -> bool:
         """Whether it may take over blocks that another sequence has computed."""
         return self.shares_prefixes and seq.sampling.prompt_logprobs is None
+
+    def adopt_prefix(self, seq: Sequence) -> None:
+        """Give a sequence that has just started the blocks that hold its leading tokens.
+
+        At least one token is left to compute: what follows the last one is to be sampled.
+        """
+        if not self.may_share(seq):
+            return
+        parent = seq.prefix_root
+        for index in range((len(seq.tokens) - 1) // self.block_tokens):
+            parent = self.hasher.digest(parent, seq.tokens, index)
+            block = self.residency.cache.find(parent)
+            if block is None:
+                break
+            self.residency.adopt(block, seq, index)
+            seq.table.append(block)
+        shared = len(seq.table) * self.block_tokens
+        seq.num_launched = seq.num_settled = shared
+        seq.num_sealed = len(seq.table)
+        self.counts.prefix_query_tokens += len(seq.tokens)
+        self.counts.prefix_hit_tokens += shared
+        if seq.num_cached_tokens is None:
+            seq.num_cached_tokens = shared
+            self.counts.cached_tokens += shared
+        self._free_followers_of_prompt(seq)
+
+    def _free_followers_of_prompt(self, leader: Sequence) -> None:
+        """Let them go once all that they can share is computed."""
+        size = self.block_tokens
+        if leader.num_settled >= (leader.prompt_len - 1) // size * size:
+            self._free_followers(leader)
 
     def _free_followers(self, leader: Sequence) -> None:
         for seq in self._followers.pop(leader.id, ()):
@@ -296,13 +337,13 @@ class Schedule:
         for index in range(seq.num_sealed, seq.num_settled // size):
             block = seq.table[index]
             block.is_sealed = True
-            if self.shares_prefixes and (index + 1) * size <= len(seq.tokens):
-                parent = seq.table[index - 1] if index else None
-                tokens = tuple(seq.tokens[index * size : (index + 1) * size])
-                self.residency.remember_prefix(block, parent, tokens)
+            if self.shares_prefixes:
+                parent = seq.table[index - 1].digest if index else seq.prefix_root
+                assert parent is not None, f"block {block.id} is sealed before its parent"
+                block.digest = self.hasher.digest(parent, seq.tokens, index)
+                self.residency.cache.enter(block)
         seq.num_sealed = seq.num_settled // size
-        if seq.id in self._followers and seq.num_settled >= (seq.prompt_len - 1) // size * size:
-            self._free_followers(seq)
+        self._free_followers_of_prompt(seq)
 
     def _advance(self, seq: Sequence, token: SampledToken) -> Advance:
         seq.tokens.append(token.token)
@@ -310,7 +351,7 @@ class Schedule:
         num_outputs = len(seq.tokens) - seq.prompt_len
         cached = 0
         if num_outputs == 1:
-            cached = seq.num_cached_tokens
+            cached = seq.num_cached_tokens or 0
             self._free_followers(seq)
         reason, stop_token = self._end(seq, token.token, num_outputs)
         if reason is not None:

@@ -49,6 +49,8 @@ class Sequence:
     max_tokens: int
     order: tuple[int, int]
     """(priority, arrival number): the order in which sequences are served."""
+    prefix_root: bytes = b""
+    """Its tenant's: what its first block's digest is chained to."""
     state: State = State.WAITING
     is_follower: bool = False
     """Waits for another sequence of its request to compute their prompt."""
@@ -62,7 +64,8 @@ class Sequence:
     num_settled: int = 0
     samples_in_flight: int = 0
     launches_in_flight: int = 0
-    num_cached_tokens: int = 0
+    num_cached_tokens: int | None = None
+    """Tokens whose KV it found when it started first."""
     num_sealed: int = 0
     """Leading blocks that are sealed."""
     demote_from: int = 0

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from queue import SimpleQueue
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -29,9 +29,20 @@ from pie_async.messages import BlockMove, CopyRun, PromptLogprobs, RunIteration,
 
 if TYPE_CHECKING:
     from pie_async.cuda.driver import Copy, Driver
-    from pie_async.model.runner import ModelPass, ModelRunner
+    from pie_async.model.lanes import Results
 
 Work = Callable[[], None]
+
+
+class Runner(Protocol):
+    """Runs a model over the arena's layers; never waits for the GPU."""
+
+    def warm_up(self) -> None:
+        """Compile and capture what most iterations need."""
+
+    def begin(self, command: RunIteration) -> Results: ...
+    def run_layers(self, forward: Any, layers: range) -> None: ...
+    def sample(self, forward: Any) -> None: ...
 
 
 class CudaPass:
@@ -39,7 +50,7 @@ class CudaPass:
 
     def __init__(self, command: RunIteration) -> None:
         self.command = command
-        self.model_pass: ModelPass | None = None
+        self.model_pass: Results | None = None
 
     @property
     def sampled(self) -> tuple[SampledToken, ...]:
@@ -50,7 +61,7 @@ class CudaPass:
         return self._collected.prompt_logprobs
 
     @property
-    def _collected(self) -> ModelPass:
+    def _collected(self) -> Results:
         assert self.model_pass is not None
         self.model_pass.collect()
         return self.model_pass
@@ -107,13 +118,15 @@ class CudaDevice:
             stream: EventWaiter(stream, driver) for stream in (self.compute, self.h2d, self.d2h)
         }
         self._poisons = poisons
-        self._runner: ModelRunner | None = None
+        self._runner: Runner | None = None
         self._issues: SimpleQueue[Work | None] = SimpleQueue()
         self._launcher = threading.Thread(target=self._launch, name="pie-launch", daemon=True)
 
-    def load(self, runner: ModelRunner) -> None:
-        """The model that passes run; before the first pass. Its parameters are filled."""
+    def load(self, runner: Runner) -> None:
+        """The model that passes run; before `start`. Its parameters are filled."""
         self._driver.synchronize_device()  # they were on torch's own stream
+        with self._driver.torch_on(self.compute.handle):
+            runner.warm_up()
         self._runner = runner
 
     def start(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -165,7 +178,7 @@ class CudaDevice:
             self.compute.fail(error)
 
     @property
-    def _model(self) -> ModelRunner:
+    def _model(self) -> Runner:
         assert self._runner is not None, "load() comes before the first pass"
         return self._runner
 
@@ -236,7 +249,7 @@ class CudaDevice:
         self._driver.close()
 
 
-def _model_pass(forward: Pass) -> ModelPass:
+def _model_pass(forward: Pass) -> Results:
     assert isinstance(forward, CudaPass)
     assert forward.model_pass is not None
     return forward.model_pass

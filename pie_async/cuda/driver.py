@@ -61,7 +61,8 @@ class Driver:
 
     def close(self) -> None:
         """Give back what torch keeps for later, and this use of the context."""
-        torch.cuda.empty_cache()
+        self.limit_torch(self.total_bytes())
+        self.trim()
         cuda.cuDevicePrimaryCtxRelease(self._gpu)
 
     def enter_thread(self) -> None:
@@ -138,6 +139,28 @@ class Driver:
     def free_bytes(self) -> int:
         """Memory that is free on the card, by the driver's count."""
         return int(_checked(cuda.cuMemGetInfo(), "asking for free memory")[0])
+
+    def total_bytes(self) -> int:
+        """Memory that the card has, by the driver's count."""
+        return int(_checked(cuda.cuMemGetInfo(), "asking for the memory's size")[1])
+
+    @property
+    def name(self) -> str:
+        """What the card is called."""
+        return torch.cuda.get_device_name(self.device)
+
+    def torch_bytes(self) -> int:
+        """Memory that torch has taken from the driver, in use or kept for later."""
+        return torch.cuda.memory_reserved(self.device)
+
+    def limit_torch(self, num_bytes: int) -> None:
+        """Let torch take no more than this; it gives back what it keeps before it fails."""
+        share = max(0.0, min(1.0, num_bytes / self.total_bytes()))
+        torch.cuda.set_per_process_memory_fraction(share, self.device)
+
+    def trim(self) -> None:
+        """Give back what torch keeps for later."""
+        torch.cuda.empty_cache()
 
     def reserve(self, num_bytes: int) -> int:
         """Addresses without memory."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -119,7 +119,18 @@ def read_config(path: Path) -> ModelConfig:
         ModelError: config.json is missing or damaged, or a number in it cannot be; names it.
     """
     values = read_json_object(path / "config.json")
-    fields = Fields(values, str(path / "config.json"))
+    return config_of(values, str(path / "config.json"), more_eos_ids=_generation_eos_ids(path))
+
+
+def config_of(
+    values: Mapping[str, Any], where: str, *, more_eos_ids: tuple[int, ...] = ()
+) -> ModelConfig:
+    """The model that the fields of a config.json describe; raises as `read_config`.
+
+    Args:
+        where: what errors call it.
+    """
+    fields = Fields(values, where)
     family = fields.text("model_type")
     if family not in _READERS:
         raise fields.unsupported(
@@ -131,19 +142,20 @@ def read_config(path: Path) -> ModelConfig:
             raise fields.unsupported(
                 "architectures", f"{each!r} is not supported, only {architecture}"
             )
-    config = reader(fields, _eos_ids(path, fields))
+    eos_ids = tuple(dict.fromkeys((*more_eos_ids, *fields.token_ids("eos_token_id"))))
+    config = reader(fields, eos_ids)
     _refuse_unread(fields)
     return config
 
 
-def _eos_ids(path: Path, fields: Fields) -> tuple[int, ...]:
-    """Of config.json and generation_config.json, which in chat models knows more of them."""
-    ids = fields.token_ids("eos_token_id")
-    generation = path / "generation_config.json"
-    if generation.is_file():
-        more = Fields(read_json_object(generation), str(generation))
-        ids = more.token_ids("eos_token_id") + ids
-    return tuple(dict.fromkeys(ids))
+def _generation_eos_ids(path: Path) -> tuple[int, ...]:
+    """Of generation_config.json, which in chat models knows more of them."""
+    file = path / "generation_config.json"
+    return (
+        Fields(read_json_object(file), str(file)).token_ids("eos_token_id")
+        if file.is_file()
+        else ()
+    )
 
 
 def _refuse_unread(fields: Fields) -> None:

@@ -2,50 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from pie_async.messages import (
-    LaneBinding,
-    PromptLogprobs,
-    Row,
-    RunIteration,
-    SampledToken,
-    TableUpdate,
-)
+from pie_async.messages import Row, RunIteration, SampledToken, TableUpdate
 from pie_async.model.attention import AttentionPlan, PagedKv
 from pie_async.model.attention_plan import Planner, Span, order_spans
 from pie_async.model.decoder import Decoder
-from pie_async.model.prompt_scoring import PromptScorer, reported
-from pie_async.model.sampling import LaneSampler
+from pie_async.model.lanes import Lanes, Results
 from pie_async.model.transfer import upload
 
 
-class ModelPass:
-    """One iteration on its way through the layers.
-
-    `sampled` and `prompt_logprobs` are set by `collect`.
-    """
+class ModelPass(Results):
+    """One iteration on its way through the layers; its rows are in the order of `order_spans`."""
 
     def __init__(self, rows: Sequence[Row], plans: dict[int | None, AttentionPlan]) -> None:
-        self.rows = rows
-        """In the order of the fed tokens: decode rows first."""
+        super().__init__(rows)
         self.plans = plans
         self.hidden: Tensor
         self.rotation: tuple[Tensor, Tensor] | None = None
-        self.sampled: tuple[SampledToken, ...] = ()
-        self.prompt_logprobs: tuple[PromptLogprobs, ...] = ()
-        self.reports: Iterable[SampledToken] = ()
-        self.scores: list[Callable[[], PromptLogprobs]] = []
-
-    def collect(self) -> None:
-        """Read what `ModelRunner.sample` brought to the host; once the device got so far."""
-        if self.reports:
-            self.sampled, self.reports = tuple(self.reports), ()
-        if self.scores:
-            self.prompt_logprobs, self.scores = tuple(read() for read in self.scores), []
 
 
 class ModelRunner:
@@ -80,19 +57,13 @@ class ModelRunner:
         self._max_blocks = max_blocks
         self._tables = torch.zeros(lanes, max_blocks, dtype=torch.int64, device=device)
         self._last_tokens = torch.zeros(lanes, dtype=torch.int64, device=device)
-        self._bindings: dict[int, LaneBinding] = {}
         self._planner = Planner(self._kv[0], self._tables, decoder.dtype)
-        self._sampler = LaneSampler(
-            lanes=lanes, vocab_size=decoder.config.vocab_size, device=device
-        )
-        self._scorer = PromptScorer(decoder.logits, kept=4 * lanes)
+        self._lanes = Lanes(lanes, decoder.config.vocab_size, device, decoder.logits)
 
     @torch.inference_mode()
     def begin(self, command: RunIteration) -> ModelPass:
         """Apply bindings and block tables, plan attention, embed the fed tokens."""
-        for binding in command.bindings:
-            self._bindings[binding.lane] = binding
-            self._sampler.bind(binding)
+        self._lanes.bind(command.bindings)
         self._update_tables(command.tables)
         spans = [Span(row.lane, row.start, row.num_tokens) for row in command.rows]
         order = order_spans(spans)
@@ -103,8 +74,8 @@ class ModelRunner:
         forward = ModelPass(rows, plans)
         forward.hidden = self._decoder.embed(tokens, positions)
         forward.rotation = self._rotation(rows, positions)
-        if any(binding.sampling.counts_tokens for binding in self._bindings.values()):
-            self._sampler.observe(lanes, tokens)
+        if self._lanes.counts_tokens:
+            self._lanes.sampler.observe(lanes, tokens)
         return forward
 
     @torch.inference_mode()
@@ -130,7 +101,7 @@ class ModelRunner:
             last = upload([ends[i] - 1 for i in sampled], self._device)
             rows = [forward.rows[i] for i in sampled]
             forward.reports = self._sample(rows, forward.hidden[last])
-        forward.scores = list(self._scores(forward, ends))
+        forward.scores = list(self._lanes.scores(forward.rows, forward.hidden))
 
     def _update_tables(self, updates: Iterable[TableUpdate]) -> None:
         # A dict, so that of two updates to one entry the later one counts.
@@ -166,7 +137,7 @@ class ModelRunner:
         if not rotary.needs_lengths:
             return rotary.factors(positions)
         prompts = [
-            self._bindings[row.lane].prompt_len for row in rows for _ in range(row.num_tokens)
+            self._lanes.bindings[row.lane].prompt_len for row in rows for _ in range(row.num_tokens)
         ]
         lengths = torch.maximum(positions + 1, upload(prompts, self._device))
         return rotary.factors(positions, lengths)
@@ -174,24 +145,10 @@ class ModelRunner:
     def _sample(self, rows: Sequence[Row], hidden: Tensor) -> Iterator[SampledToken]:
         numbers = [(row.lane, row.start + row.num_tokens) for row in rows]
         lanes, positions = upload(numbers, self._device).unbind(1)
-        needs = self._sampler.needs(row.lane for row in rows)
-        chosen = self._sampler.sample(self._decoder.logits(hidden), lanes, positions, needs)
+        logits = self._decoder.logits(hidden)
+        chosen = self._lanes.sampler.sample(logits, lanes, positions, self._lanes.needs(rows))
         self._last_tokens[lanes] = chosen.tokens
-        wanted = [self._bindings[row.lane].sampling.logprobs for row in rows]
-        sequences = [row.sequence for row in rows]
-        return reported(sequences, chosen.tokens, chosen.logprobs, wanted)
-
-    def _scores(
-        self, forward: ModelPass, ends: Sequence[int]
-    ) -> Iterator[Callable[[], PromptLogprobs]]:
-        for row, end in zip(forward.rows, ends, strict=True):
-            binding = self._bindings[row.lane]
-            count = binding.sampling.prompt_logprobs
-            if count is not None and row.start < binding.prompt_len:
-                hidden = forward.hidden[end - row.num_tokens : end]
-                scores = self._scorer.score(row, hidden, binding.prompt_len, count)
-                if scores is not None:
-                    yield scores
+        return self._lanes.report(rows, chosen)
 
 
 class _BoundAttention:

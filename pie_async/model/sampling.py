@@ -91,7 +91,7 @@ class LaneSampler:
         self._integers = torch.zeros(lanes, len(_INTEGERS), dtype=torch.int64, device=device)
         self._bias = _SparseLogits(lanes, device)
         self._stop_mask = _SparseLogits(lanes, device)
-        self._codes = token_codes(vocab_size, device)
+        self.codes = token_codes(vocab_size, device)
         self._seen: Tensor | None = None
         self._counts: Tensor | None = None
 
@@ -129,6 +129,10 @@ class LaneSampler:
         """
         if self._seen is not None and self._union().penalties:
             self._seen[lanes, tokens] = True
+
+    def draw_inputs(self, lanes: Tensor) -> tuple[Tensor, Tensor]:
+        """[n] temperatures and [n] noise keys of these lanes ([n] int64)."""
+        return self._reals[lanes, _REALS["temperature"]], self._integer("key", lanes)
 
     def needs(self, lanes: Iterable[int]) -> Needs:
         """What sampling these lanes takes; host only. Give it to `sample`."""
@@ -213,7 +217,7 @@ class LaneSampler:
         if needs.top_k or needs.top_p or needs.min_p:
             self._truncate(logits, temperature, lanes, needs)
         # argmax(logits / T + noise) without the division: T = 0 is greedy by itself.
-        noise = gumbel_noise(self._integer("key", lanes), positions, self._codes)
+        noise = gumbel_noise(self._integer("key", lanes), positions, self.codes)
         logits.addcmul_(noise, temperature)
 
     def _truncate(self, logits: Tensor, temperature: Tensor, lanes: Tensor, needs: Needs) -> None:

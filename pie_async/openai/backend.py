@@ -73,6 +73,7 @@ class Backend(Protocol):
         *,
         request_id: str | None = None,
         priority: int = 0,
+        cache_salt: str | None = None,
     ) -> OutputStream:
         """Accept a request; tokenizing happens off the loop.
 

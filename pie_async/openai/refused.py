@@ -15,7 +15,6 @@ from pie_async.errors import InvalidRequest
 _NEUTRAL_FOR_BOTH: dict[str, tuple[Any, ...]] = {
     "allowed_token_ids": ([],),
     "bad_words": ([],),
-    "cache_salt": (),
     "guided_choice": (),
     "guided_grammar": (),
     "guided_json": (),

@@ -56,6 +56,7 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
     skip_special_tokens: bool | None = None
     include_stop_str_in_output: bool | None = None
     priority: Int32 | None = None
+    cache_salt: str | None = None
 
     @property
     def is_streamed(self) -> bool:

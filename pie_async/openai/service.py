@@ -136,6 +136,7 @@ class OpenAIService:
                     params,
                     request_id=response_id if len(prompts) == 1 else f"{response_id}-{index}",
                     priority=request.priority or 0,
+                    cache_salt=request.cache_salt,
                 )
                 streams.append(stream)
         except BaseException:

@@ -77,6 +77,10 @@ BAD_PARAMETERS = [
     (CHAT, chat(seed=2**64), "seed"),
     (CHAT, chat(seed=int("9" * 400)), "seed"),
     (CHAT, chat(priority=2**31), "priority"),
+    *[
+        (CHAT, chat(cache_salt=salt), "cache_salt")
+        for salt in ("", 7, ["a"], "x" * 257, "two\nlines")
+    ],
     (COMPLETIONS, {}, "prompt"),
     *[
         (COMPLETIONS, {"prompt": prompt}, "prompt")

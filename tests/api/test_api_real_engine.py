@@ -76,6 +76,18 @@ async def test_blocks_of_a_client_that_went_away_are_returned(start, engine, is_
         await client
 
 
+async def test_a_prompt_seen_before_is_reported_as_cached_to_its_tenant_alone(
+    start, engine
+) -> None:
+    server = await start(engine)
+    found = []
+    for salt in (None, None, "a", "a"):
+        body = {"prompt": list(range(40)), "max_tokens": 2, "cache_salt": salt}
+        _, reply = await server.post("/v1/completions", body)
+        found.append(reply["usage"]["prompt_tokens_details"]["cached_tokens"])
+    assert found == [0, 32, 0, 32]
+
+
 async def test_metrics_of_a_real_engine_are_scraped(start, engine) -> None:
     server = await start(engine)
     await server.post("/v1/completions", {"prompt": "Hello", "max_tokens": 4})

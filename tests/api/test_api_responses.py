@@ -91,6 +91,7 @@ async def test_every_sampling_field_reaches_the_engine(server) -> None:
             "skip_special_tokens": False,
             "logprobs": 3,
             "priority": -4,
+            "cache_salt": "tenant 7",
             "user": "someone",
             "metadata": {"ignored": [1]},
         },
@@ -99,6 +100,7 @@ async def test_every_sampling_field_reaches_the_engine(server) -> None:
     assert status == 200
     (submission,) = server.engine.submissions
     assert submission.priority == -4
+    assert submission.cache_salt == "tenant 7"
     assert submission.params == SamplingParams(
         n=2,
         temperature=0.5,
@@ -252,7 +254,10 @@ async def test_health_follows_the_engine_and_not_its_load(start) -> None:
 
 
 async def test_metrics_show_the_engine_and_what_clients_waited_for(start) -> None:
-    engine = FakeEngine(reply="abcd", snapshot=EngineStats(streamed_blocks=7, h2d_bytes=4096))
+    engine = FakeEngine(
+        reply="abcd",
+        snapshot=EngineStats(streamed_blocks=7, h2d_bytes=4096, cached_blocks=5, cache_evictions=3),
+    )
     server = await start(engine)
     await server.events("/v1/completions", {"prompt": "p"})
     await server.post("/v1/completions", {"prompt": "p"})
@@ -265,6 +270,10 @@ async def test_metrics_show_the_engine_and_what_clients_waited_for(start) -> Non
 
     for line in (
         'pie:blocks{state="streamed"} 7.0',
+        'pie:blocks{state="cached"} 5.0',
+        "pie:cache_evictions_total 3.0",
+        "pie:prefix_query_tokens_total 0.0",
+        "pie:prefix_hit_tokens_total 0.0",
         'pie:link_bytes_total{direction="h2d"} 4096.0',
         "pie:ttft_seconds_count 1.0",
         "pie:itl_seconds_count 3.0",

@@ -9,7 +9,16 @@ import typer
 
 from pie_async import __version__
 from pie_async.__main__ import main
-from pie_async.cli.options import FLAGS, count, flag_of, rate, size
+from pie_async.cli.options import (
+    FLAGS,
+    MODEL,
+    count,
+    flag_of,
+    rate,
+    seconds,
+    size,
+    with_engine_flags,
+)
 from pie_async.config import EngineConfig
 from pie_async.errors import ConfigError
 
@@ -50,6 +59,13 @@ def test_what_is_no_count_is_refused(text):
         count(text)
 
 
+@pytest.mark.parametrize(
+    ("text", "value"), [("50ms", 0.05), ("0.05", 0.05), ("2 s", 2.0), ("1.5ms", 0.0015)]
+)
+def test_times_are_read_as_people_write_them(text, value):
+    assert seconds(text) == pytest.approx(value)
+
+
 def test_rates_may_end_in_per_second():
     assert rate("12.5GB/s") == rate("12.5GB") == 12.5e9
 
@@ -77,6 +93,18 @@ def test_version_and_the_list_of_commands(capsys):
         (["serve", "--device", "tpu"], "'tpu' is not one of cpu, cuda, sim"),
         (["serve", "--dtype", "int4"], "auto, float32, float16, bfloat16"),
         (["serve", "--device-kv", "12x"], "64MiB, 1.5GiB or 500MB"),
+        (["serve", "--load-format", "dummy"], "'dummy', as vLLM calls it, is 'random' here"),
+        (["serve", "--load-format", "pickle"], "'pickle' is not one of checkpoint, random"),
+        (["serve", "--gpu-memory", "0"], "above 0 and up to 1 (0.9 or 90%) or a size (80GiB)"),
+        (["serve", "--gpu-memory", "150%"], "not '150%'"),
+        (["serve", "--gpu-memory", "1.5"], "not '1.5'"),
+        (["serve", "--gpu-memory", "abc"], "not 'abc'"),
+        (["serve", "--quantization", "int4"], "'int4' is not one of fp8"),
+        (["doctor", "--quantization", "fp8"], "needs device cuda, not cpu"),
+        (["serve", "--itl-target", "fast"], "'fast' is not a time"),
+        (["serve", "--itl-target", "50ms", "--token-budget", "512"], "give one of them"),
+        (["serve", "--itl-target", "0"], "--itl-target: itl_target_s must be above 0"),
+        (["doctor", "--device", "cuda"], "--device"),
         (["serve", "--port", "70000"], "65535"),
         (["bench", "--max-model-len", "1.5"], "4096 or 32k"),
         (["bench", "--ring-depth", "1"], "--ring-depth"),
@@ -144,3 +172,26 @@ def test_help_loads_neither_torch_nor_aiohttp():
         "sys.exit(any(name in sys.modules for name in ('torch', 'aiohttp', 'transformers')))"
     )
     assert subprocess.run([sys.executable, "-c", script], capture_output=True).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "is_on"),
+    [
+        ([], None, True),
+        (["--no-prefix-caching"], None, False),
+        ([], "0", False),
+        (["--prefix-caching"], "0", True),
+    ],
+)
+def test_prefix_caching_is_on_unless_it_is_switched_off(arguments, environment, is_on, monkeypatch):
+    if environment is not None:
+        monkeypatch.setenv("PIE_PREFIX_CACHING", environment)
+    found = []
+
+    def command(model: MODEL, engine: EngineConfig) -> None:
+        found.append(engine.prefix_caching)
+
+    app = typer.Typer()
+    app.command()(with_engine_flags(command))
+    app(["builtin", *arguments], standalone_mode=False)
+    assert found == [is_on]

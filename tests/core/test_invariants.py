@@ -123,6 +123,7 @@ def open_block_with_a_copy(schedule: Schedule) -> None:
     block = second(schedule).table[0]
     residency.begin_promote(block)
     residency.finish_promote(block.id)
+    residency.cache.forget(block)
     block.is_sealed = False
 
 
@@ -136,6 +137,64 @@ def in_no_queue(schedule: Schedule) -> None:
 
 def waiting_miscounted(schedule: Schedule) -> None:
     schedule.num_waiting += 1
+
+
+def end_first(schedule: Schedule):
+    """The first sequence ends; two of its blocks are cached then. The older one."""
+    schedule.finish(first(schedule), "abort")
+    (block, _), _ = schedule.residency.cache.cached()
+    return block
+
+
+def cached_with_owner(schedule: Schedule) -> None:
+    block = first(schedule).table[0]
+    schedule.residency.cache.keep(block, read_until=None)
+
+
+def cached_after_its_end(schedule: Schedule) -> None:
+    block = end_first(schedule)
+    schedule.residency.device.give_back(block.device_slot)
+    del schedule.residency.blocks[block.id]
+
+
+def ownerless_not_cached(schedule: Schedule) -> None:
+    schedule.residency.cache.take_up(end_first(schedule))
+
+
+def cached_unsealed(schedule: Schedule) -> None:
+    end_first(schedule).is_sealed = False
+
+
+def cached_with_a_copy(schedule: Schedule) -> None:
+    block = end_first(schedule)
+    block.host_slot = schedule.residency.host.take()
+    schedule.residency.clean_resident[block.id] = block
+
+
+def cached_not_found(schedule: Schedule) -> None:
+    schedule.residency.cache.forget(end_first(schedule))
+
+
+def cached_hot_for_nobody(schedule: Schedule) -> None:
+    block = end_first(schedule)
+    schedule.residency.cache.take_up(block)
+    schedule.residency.cache.keep(block, read_until=1)
+
+
+def cached_out_of_order(schedule: Schedule) -> None:
+    end_first(schedule)
+    cache = schedule.residency.cache
+    for read_until, (block, _) in zip((9, 8), list(cache.cached()), strict=True):
+        cache.take_up(block)
+        cache.keep(block, read_until=read_until)
+
+
+def index_out_of_date(schedule: Schedule) -> None:
+    schedule.residency.cache.index[b"digest"] = first(schedule).table[0]
+
+
+def others_tokens(schedule: Schedule) -> None:
+    first(schedule).tokens[0] += 1
 
 
 def lane_leaked(schedule: Schedule) -> None:
@@ -166,6 +225,16 @@ CORRUPTIONS = {
     in_no_queue: "queued of",
     waiting_miscounted: "counted",
     lane_leaked: "lanes for",
+    cached_with_owner: "cached but has owners",
+    cached_after_its_end: "not in the books",
+    ownerless_not_cached: "no owner",
+    cached_unsealed: "not sealed",
+    cached_with_a_copy: "copied, pooled",
+    cached_not_found: "not found by its digest",
+    cached_hot_for_nobody: "which is over",
+    cached_out_of_order: "cools behind",
+    index_out_of_date: "prefix index",
+    others_tokens: "other tokens",
 }
 
 

@@ -1,4 +1,4 @@
-"""The residency map: two-phase moves, limbo, zombies, prefixes, spare copies."""
+"""The residency map: two-phase moves, limbo, zombies, spare copies."""
 
 from __future__ import annotations
 
@@ -239,29 +239,6 @@ def test_a_move_marks_the_tables_of_all_owners():
     first.dirty_from, second.dirty_from = 7, 2
     demoted(residency, block)
     assert (first.dirty_from, second.dirty_from) == (3, 2)
-
-
-def test_prefixes_are_found_by_their_tokens_and_all_before_them():
-    residency = a_map()
-    root, child = a_block(residency), a_block(residency)
-    residency.remember_prefix(root, None, (1, 2))
-    residency.remember_prefix(child, root, (3, 4))
-    assert residency.find_prefix(None, (1, 2)) is root
-    assert residency.find_prefix(root, (3, 4)) is child
-    assert residency.find_prefix(None, (3, 4)) is None
-    assert residency.find_prefix(child, (3, 4)) is None
-
-
-def test_the_first_block_of_a_prefix_stays_its_entry_and_leaves_with_itself():
-    residency = a_map()
-    seq, other = owner(), owner()
-    first, second = a_block(residency, seq), a_block(residency, other)
-    residency.remember_prefix(first, None, (1, 2))
-    residency.remember_prefix(second, None, (1, 2))
-    residency.release(second, other)
-    assert residency.find_prefix(None, (1, 2)) is first
-    residency.release(first, seq)
-    assert residency.prefixes == {}
 
 
 # --- the pool -------------------------------------------------------------------------------------

@@ -255,16 +255,22 @@ def test_requests_with_the_same_beginning_share_while_one_of_them_runs():
     device.submit([*range(40, 48), 1, 2, 3], 3)
     device.run()
     assert device.schedule.counts.cached_tokens == 8
+
+
+def test_followers_of_a_prompt_that_is_found_start_with_their_leader():
+    device = a_device(device_slots=32)
     device.submit(range(40, 52), 3)
     device.run()
-    assert device.schedule.counts.cached_tokens == 8, "nothing is kept after the last owner"
+    device.submit(range(40, 52), 3, n=3)
+    assert len(device.plan().rows) == 3
 
 
 # --- starting over ----------------------------------------------------------------------------
 
 
-def test_a_dropped_sequence_computes_its_outputs_again_and_goes_on():
-    device = a_device()
+@pytest.mark.parametrize("is_shared", [False, True])
+def test_a_dropped_sequence_computes_what_is_not_cached_again_and_goes_on(is_shared: bool):
+    device = a_device(shares_prefixes=is_shared)
     (sequence,) = device.submit(6, 20)
     device.step()
     while device.num_flying:
@@ -276,10 +282,12 @@ def test_a_dropped_sequence_computes_its_outputs_again_and_goes_on():
     assert seq.state is State.WAITING
     assert seq.table == []
     plan = device.plan()
-    assert plan.rows[0].tokens == tuple(seq.tokens)
+    assert plan.rows[0].tokens == tuple(seq.tokens)[4 * is_shared :]
     device.run()
     assert device.outputs[sequence][: len(had)] == had
     assert device.outputs[sequence] == [token_at(sequence, 6 + i) for i in range(20)]
     counts = device.schedule.counts
     assert (counts.preemptions_parked, counts.preemptions_recomputed) == (1, 1)
     assert counts.output_tokens == 20
+    assert counts.cached_tokens == 0, "what it found is its own"
+    assert counts.prefix_hit_tokens == 4 * is_shared

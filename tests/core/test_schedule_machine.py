@@ -38,6 +38,7 @@ class ScheduleMachine(RuleBasedStateMachine):
         token_budget=st.sampled_from([1, 6, 16, 64]),
         max_running=st.sampled_from([1, 2, 5]),
         iterations_in_flight=st.sampled_from([1, 2]),
+        shares_prefixes=st.sampled_from([True, True, True, False]),
     )
     def build(self, iterations_in_flight, **memory):
         self.schedule = a_schedule(**memory)
@@ -55,19 +56,14 @@ class ScheduleMachine(RuleBasedStateMachine):
         n=st.sampled_from([1, 1, 2, 3]),
         priority=st.sampled_from([0, 0, 0, 1]),
         prompt_logprobs=st.sampled_from([None, None, None, 0]),
+        cache_salt=st.sampled_from([None, None, None, "a"]),
     )
-    def submit(self, family, prompt_share, output_share, is_short, n, priority, prompt_logprobs):
+    def submit(self, family, prompt_share, output_share, is_short, **options):
         """Prompts of one family begin alike, so that they share blocks."""
         longest = min(self.longest, 24) if is_short else self.longest
         prompt_len = 1 + int(prompt_share * (longest - 2))
         max_tokens = 1 + int(output_share * (longest - prompt_len - 1))
-        sequences = self.device.submit(
-            [family] * prompt_len,
-            max_tokens,
-            n=n,
-            priority=priority,
-            prompt_logprobs=prompt_logprobs,
-        )
+        sequences = self.device.submit([family] * prompt_len, max_tokens, **options)
         self.wanted |= dict.fromkeys(sequences, max_tokens)
         self.starts |= dict.fromkeys(sequences, prompt_len)
         self.device.plan_ahead()
@@ -176,6 +172,7 @@ def _random_history(dice: random.Random) -> None:
         max_tokens = dice.randint(1, most - prompt_len)
         prompt = [dice.randrange(3)] * prompt_len
         options = {"n": dice.choice([1, 1, 2, 3]), "priority": dice.choice([0, 0, 1])}
+        options["cache_salt"] = dice.choice([None, None, "a"])
         for sequence in device.submit(prompt, max_tokens, **options):
             starts[sequence], wanted[sequence] = prompt_len, max_tokens
 

@@ -12,8 +12,6 @@ from support.device_rigs import LAYOUT
 from support.device_scripts import fired, issue, moves, prefill, run_resident
 from support.fake_cuda_driver import FakeDriver
 
-from pie_async import LLM
-from pie_async.cuda import errors
 from pie_async.cuda.block_copy import runs_of, to_device, to_host
 from pie_async.cuda.errors import CudaFault
 from pie_async.cuda.host_arena import HostArena
@@ -213,40 +211,7 @@ async def test_an_operation_that_torch_refuses_surfaces_at_the_next_event(tmp_pa
     device.close()
 
 
-# --- what is missing --------------------------------------------------------------------------
-
-
-def test_a_torch_without_cuda_is_named_in_one_line(monkeypatch):
-    monkeypatch.setattr(torch.version, "cuda", None)
-    with pytest.raises(ConfigError, match="built without CUDA; install a CUDA build") as caught:
-        LLM(device="cuda")
-    assert caught.value.option == "device"
-    assert "\n" not in str(caught.value)
-
-
-def test_missing_cuda_python_names_the_extra(monkeypatch):
-    monkeypatch.setattr(torch.version, "cuda", "13.0")
-    monkeypatch.setattr(errors, "_has_bindings", lambda: False)
-    with pytest.raises(ConfigError, match=r"pip install 'pie-async\[cuda\]'"):
-        errors.require_cuda()
-
-
-def test_no_gpu_says_where_to_look(monkeypatch):
-    monkeypatch.setattr(torch.version, "cuda", "13.0")
-    monkeypatch.setattr(errors, "_has_bindings", lambda: True)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(ConfigError, match="no NVIDIA GPU is visible; look at nvidia-smi"):
-        errors.require_cuda()
-
-
-def test_a_gpu_that_is_too_old_is_named(monkeypatch):
-    monkeypatch.setattr(torch.version, "cuda", "13.0")
-    monkeypatch.setattr(errors, "_has_bindings", lambda: True)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (6, 1))
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla P40")
-    with pytest.raises(ConfigError, match=r"Tesla P40 has compute capability 6\.1, and 7\.5"):
-        errors.require_cuda()
+# --- errors ------------------------------------------------------------------------------------
 
 
 def test_a_fault_says_what_was_being_done():

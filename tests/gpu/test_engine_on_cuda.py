@@ -16,6 +16,8 @@ from support.fake_cuda_driver import FakeDriver
 from pie_async import LLM, Engine, SamplingParams
 from pie_async.cuda import errors
 
+MORE: dict[str, str] = {}
+"""What the driver of a test asks for."""
 BLOCK_BYTES = 96 * 1024
 """Of the built-in model in float32: 16 tokens, 6 layers."""
 GREEDY = SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True)
@@ -38,6 +40,7 @@ def options(device_blocks: int = 400, host_blocks: int = 400, **more) -> dict:
         "device_kv_bytes": device_blocks * BLOCK_BYTES,
         "host_pool_bytes": host_blocks * BLOCK_BYTES,
         "dtype": "float32",
+        **MORE,
         **more,
     }
 
@@ -74,7 +77,8 @@ def driver(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
         module = types.ModuleType("pie_async.cuda.driver")
         module.Driver = lambda device: FakeDriver(link_bytes_per_s=2e9)
         monkeypatch.setitem(sys.modules, module.__name__, module)
-        monkeypatch.setattr(errors, "require_cuda", lambda: None)
+        monkeypatch.setattr(errors, "require_cuda", lambda quantization: None)
+        monkeypatch.setitem(MORE, "kernels", "torch")
     return request.param
 
 
@@ -138,3 +142,35 @@ async def test_auto_computes_in_the_models_own_dtype(driver) -> None:
         async for output in engine.generate(PROMPTS[0], GREEDY):
             last = output
     assert len(last.outputs[0].token_ids) == GREEDY.max_tokens
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"cuda_graphs": False},
+        {"kernels": "torch"},
+        {"prefix_caching": False},
+        {"token_budget": 16},
+        {"token_budget": 512},
+        {"token_budget": 8192},
+        {"iterations_in_flight": 1},
+    ],
+    ids=str,
+)
+def test_the_tokens_do_not_depend_on_how_they_are_computed(on_the_cpu, how: dict) -> None:
+    outputs, _ = generate("cuda", **how)
+    assert tokens(outputs) == on_the_cpu
+
+
+@pytest.mark.gpu
+async def test_the_memory_taken_stays_below_the_cap() -> None:
+    """By the driver's own count, with the arena as large as the cap allows."""
+    cap = 12 * 2**30
+    async with Engine(device="cuda", gpu_memory=cap, host_pool_bytes=2**30) as engine:
+        async for _ in engine.generate(PROMPTS[0], GREEDY):
+            pass
+        memory = engine.gpu_memory()
+    assert memory is not None and memory.used_bytes <= cap
+    assert memory.arena_bytes > 9 * 2**30
+    assert memory.weight_bytes > 0 and memory.free_bytes >= 0

@@ -33,9 +33,9 @@ def test_another_seed_tells_another_story():
 def test_the_seeds_reach_every_kind_of_pressure():
     """Otherwise they would prove little."""
     stats = [run(Scenario.of(seed)).stats for seed in range(SEEDS)]
-    for name in ("preemptions_parked", "preemptions_recomputed", "demotions", "promotions"):
+    pressure = ("preemptions_parked", "preemptions_recomputed", "demotions", "promotions")
+    for name in (*pressure, "cached_tokens", "cache_evictions"):
         assert sum(getattr(one, name) for one in stats) > 0, name
-    assert any(one.cached_tokens for one in stats)
     assert any(one.sequences_cancelled for one in stats)
 
 

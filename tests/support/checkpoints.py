@@ -135,12 +135,12 @@ def greedy(model: Any, prompt: list[int], num_tokens: int) -> tuple[list[int], t
         rotary = model.model.rotary_emb
         rotary.inv_freq = rotary.original_inv_freq.clone()
         rotary.max_seq_len_cached = rotary.original_max_seq_len
-    ids, cache = torch.tensor([prompt]), None
+    ids, cache = torch.tensor([prompt], device=model.device), None
     with torch.no_grad():
         for _ in range(num_tokens):
             out = model(ids, past_key_values=cache, use_cache=True)
             cache, row = out.past_key_values, out.logits[0, -1].float()
             rows.append(row)
             tokens.append(int(row.argmax()))
-            ids = torch.tensor([[tokens[-1]]])
+            ids = torch.tensor([[tokens[-1]]], device=model.device)
     return tokens, torch.stack(rows)

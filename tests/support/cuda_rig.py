@@ -8,8 +8,8 @@ import torch
 
 from pie_async.cuda.device import CudaDevice
 from pie_async.cuda.errors import require_cuda
+from pie_async.cuda.plain_runner import PlainRunner
 from pie_async.errors import ConfigError, DeviceFault
-from pie_async.model.runner import ModelRunner
 from support.cpu_rig import random_decoder
 from support.device_rigs import DEVICE_SLOTS, HOST_SLOTS, LAYOUT, SLOW_LINK_BYTES_PER_S, Rig
 from support.fake_cuda_driver import FakeDriver
@@ -54,7 +54,7 @@ def cuda_device(directory: Path, driver, *, poisons: bool = False) -> CudaDevice
         poisons=poisons,
     )
     device.load(
-        ModelRunner(
+        PlainRunner(
             random_decoder(directory, driver.device),
             device.arena.layers,
             lanes=4,

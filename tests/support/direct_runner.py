@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,6 +42,7 @@ class DirectRunner:
     Args:
         slots: per layer; which of them a block gets is drawn from `seed`.
         poison: fill all KV with NaN first, as if freed slots had been poisoned.
+        make_runner: another kind of runner; then no logits are kept.
     """
 
     def __init__(
@@ -53,12 +55,16 @@ class DirectRunner:
         max_blocks: int = 64,
         seed: int = 0,
         poison: bool = True,
+        make_runner: Callable[..., Any] = ModelRunner,
     ) -> None:
         config = decoder.config
         shape = (slots, 2, config.kv_heads, block_tokens, config.head_dim)
         fill = float("nan") if poison else 0.0
-        self.kv = [torch.full(shape, fill, dtype=decoder.dtype) for _ in range(config.num_layers)]
-        self.runner = ModelRunner(
+        self.kv = [
+            torch.full(shape, fill, dtype=decoder.dtype, device=decoder.device)
+            for _ in range(config.num_layers)
+        ]
+        self.runner = make_runner(
             decoder, self.kv, lanes=lanes, max_blocks=max_blocks, block_tokens=block_tokens
         )
         self._num_layers = config.num_layers
@@ -70,13 +76,15 @@ class DirectRunner:
         self._logits: list[Tensor] = []
         self.logits: dict[int, list[Tensor]] = {}
         """By lane: the [vocab] logits of each of its sampled tokens, before sampling."""
-        sample = self.runner._sampler.sample
+        if make_runner is not ModelRunner:
+            return
+        sample = self.runner._lanes.sampler.sample
 
         def keep_and_sample(logits, *args):
             self._logits = list(logits.clone())
             return sample(logits, *args)
 
-        self.runner._sampler.sample = keep_and_sample
+        self.runner._lanes.sampler.sample = keep_and_sample
 
     def submit(
         self, lane: int, prompt: Sequence[int], sampling: SamplingParams = GREEDY
@@ -133,7 +141,7 @@ class DirectRunner:
         self._logits = []
         self.runner.sample(forward)
         forward.collect()
-        for token, logits in zip(forward.sampled, self._logits, strict=True):
+        for token, logits in zip(forward.sampled, self._logits, strict=False):
             self.logits[token.sequence - 100].append(logits)
         return forward.sampled, forward.prompt_logprobs
 

@@ -56,6 +56,7 @@ class FakeDriver:
     """
 
     device = torch.device("cpu")
+    name = "stand-in"
     page_bytes = mmap.PAGESIZE
 
     def __init__(
@@ -66,7 +67,7 @@ class FakeDriver:
         pinnable_bytes: int = 2**30,
     ) -> None:
         self._link_bytes_per_s = link_bytes_per_s
-        self._free_bytes = memory_bytes
+        self._free_bytes = self._total_bytes = memory_bytes
         self._pinnable_bytes = pinnable_bytes
         self._names = itertools.count(1)
         self.streams: dict[int, FakeStream] = {}
@@ -159,6 +160,18 @@ class FakeDriver:
 
     def free_bytes(self) -> int:
         return self._free_bytes
+
+    def total_bytes(self) -> int:
+        return self._total_bytes
+
+    def torch_bytes(self) -> int:
+        return 0
+
+    def limit_torch(self, num_bytes: int) -> None:
+        self.torch_limit_bytes = num_bytes
+
+    def trim(self) -> None:
+        pass
 
     def reserve(self, num_bytes: int) -> int:
         address = _map(None, num_bytes, -1, 0)

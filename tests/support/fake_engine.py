@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from pie_async.errors import ContextTooLong, EngineStopped, InvalidRequest, PieError
+from pie_async.intake import check_cache_salt
 from pie_async.metrics import EngineStats
 from pie_async.outputs import CompletionOutput, Logprob, RequestOutput, TokenLogprobs
 from pie_async.sampling_params import SamplingParams
@@ -49,6 +50,7 @@ class Submission:
     params: SamplingParams
     request_id: str
     priority: int
+    cache_salt: str | None = None
 
 
 @dataclass
@@ -93,8 +95,10 @@ class FakeEngine:
         *,
         request_id: str | None = None,
         priority: int = 0,
+        cache_salt: str | None = None,
     ) -> FakeStream:
         params = params or SamplingParams()
+        check_cache_salt(cache_salt)
         await asyncio.sleep(0)  # the real one tokenizes in a thread
         if self.refusal is not None and len(self.submissions) >= self.refuse_after:
             raise self.refusal
@@ -102,7 +106,7 @@ class FakeEngine:
         params.check_vocabulary(VOCAB_SIZE)
         request_id = request_id or f"request-{len(self.submissions)}"
         assert request_id not in self.open_ids, "request ids must be distinct"
-        self.submissions.append(Submission(prompt, params, request_id, priority))
+        self.submissions.append(Submission(prompt, params, request_id, priority, cache_salt))
         self.open_ids.add(request_id)
         return FakeStream(self, request_id, tokens, params)
 

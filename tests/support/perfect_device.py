@@ -92,6 +92,7 @@ class PerfectDevice:
         *,
         n: int = 1,
         priority: int = 0,
+        cache_salt: str | None = None,
         **sampling,
     ) -> list[int]:
         """Submit a prompt (or one of that many distinct tokens); its sequences' ids."""
@@ -112,6 +113,7 @@ class PerfectDevice:
                 seed=first,
                 max_tokens=max_tokens,
                 priority=priority,
+                cache_salt=cache_salt,
             )
         )
         return ids
@@ -275,13 +277,16 @@ class PerfectDevice:
 
 
 def assert_all_returned(schedule: Schedule) -> None:
-    """Nothing is mapped, in limbo, in a lane or counted as waiting."""
+    """Nothing is owned, in limbo, in a lane or counted as waiting; cached blocks may stay."""
     residency = schedule.residency
-    for pool in (residency.device, residency.host, residency.staging, schedule.lanes):
+    num_cached = len(residency.cache)
+    assert residency.free_device == residency.device.size
+    assert residency.device.num_used == num_cached
+    for pool in (residency.host, residency.staging, schedule.lanes):
         assert pool.num_used == 0, f"{pool.num_used} {pool.name} slots did not return"
-    assert not residency.blocks
+    assert len(residency.blocks) == len(residency.cache.index) == num_cached
+    assert schedule.shares_prefixes or not num_cached
     assert not residency.streamed
     assert not residency.clean_resident
-    assert not residency.prefixes
     assert (schedule.num_waiting, schedule.waiting_blocks) == (0, 0)
     assert not schedule.has_moves

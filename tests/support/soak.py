@@ -31,6 +31,7 @@ class Load:
     prompt: tuple[int, ...]
     params: SamplingParams
     priority: int
+    cache_salt: str | None
     leave_after: int | None
     """Cancel once this many tokens have come; None reads to the end."""
 
@@ -56,6 +57,7 @@ class Scenario:
             "iterations_in_flight": dice.choice([1, 2]),
             "layer_group": dice.choice([1, 3]),
             "ring_depth": dice.choice([2, 3]),
+            "prefix_caching": dice.choice([True, True, True, False]),
             "streamed_blocks": dice.choice([None, None, None, 0, 5, 100_000]),
             "sim_link": dice.choice(["pcie5", "nvlink"]),
         }
@@ -89,6 +91,7 @@ def _load(dice: random.Random, longest: int, families: list[tuple[int, ...]], nu
             output_kind="delta",
         ),
         priority=dice.choice([0, 0, 1]),
+        cache_salt=dice.choice([None, None, "a"]),
         leave_after=dice.choice([None] * 4 + [dice.randrange(1, max_tokens + 1)]),
     )
 
@@ -111,7 +114,7 @@ def run(scenario: Scenario, *, everything_fits: bool = False, with_story: bool =
     """Run a scenario on virtual time, and check what must hold at its end.
 
     Args:
-        everything_fits: give the device all the memory that could be wanted.
+        everything_fits: give the device all the memory that could be wanted, and share nothing.
         with_story: keep the whole story.
 
     Raises:
@@ -131,6 +134,7 @@ def run(scenario: Scenario, *, everything_fits: bool = False, with_story: bool =
 
 async def _run(scenario: Scenario, everything_fits: bool, with_story: bool) -> Outcome:
     device_blocks = 20_000 if everything_fits else scenario.device_blocks
+    options = scenario.options | ({"prefix_caching": False} if everything_fits else {})
     outcome = Outcome()
     engine = Engine(
         device="sim",
@@ -138,7 +142,7 @@ async def _run(scenario: Scenario, everything_fits: bool, with_story: bool) -> O
         debug=not everything_fits,
         device_kv_bytes=device_blocks * BLOCK_BYTES,
         host_pool_bytes=scenario.host_blocks * BLOCK_BYTES,
-        **scenario.options,
+        **options,
     )
     async with engine:
         if with_story:
@@ -167,7 +171,9 @@ def keep_whole_story(engine: Engine) -> None:
 async def _read(engine: Engine, number: int, load: Load, outcome: Outcome) -> None:
     await asyncio.sleep(load.at_s)
     got = [outcome.tokens.setdefault((number, index), []) for index in range(load.params.n)]
-    stream = await engine.submit(load.prompt, load.params, priority=load.priority)
+    stream = await engine.submit(
+        load.prompt, load.params, priority=load.priority, cache_salt=load.cache_salt
+    )
     reasons = {}
     async for output in stream:
         for out in output.outputs:
@@ -184,18 +190,21 @@ async def _read(engine: Engine, number: int, load: Load, outcome: Outcome) -> No
 
 
 def assert_no_leak(engine: Engine) -> None:
-    """A drained engine holds no block, slot or lane, and its books are right."""
+    """A drained engine holds no block but cached ones, no lane, and its books are right."""
     stats = engine.stats()
     held = (stats.resident_blocks, stats.streamed_blocks, stats.pooled_blocks, stats.parked_blocks)
     assert held == (0, 0, 0, 0), f"blocks leaked: {stats}"
     assert (stats.running, stats.waiting, stats.parked) == (0, 0, 0)
     actors = engine._actors
     assert actors is not None
-    check(actors.scheduler._schedule)
+    schedule = actors.scheduler._schedule
+    check(schedule)
+    assert schedule.residency.free_device == schedule.residency.device.size
 
 
 def compare(scenario: Scenario) -> Outcome:
-    """Run a scenario, and again with everything resident: the tokens must be the same.
+    """Run a scenario, and again with everything resident and nothing shared: the tokens must
+    be the same.
 
     Raises:
         SoakFailed: they are not, or either run failed.

@@ -1,0 +1,164 @@
+"""What iterations share on the GPU, and the parts that each of them is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from pie_async.core.layout import KvLayout
+from pie_async.cuda.fused_decoder import FusedDecoder, Hidden, Product
+from pie_async.cuda.kernels.inputs import apply_updates, remember, resolve
+from pie_async.cuda.kernels.sampling import choose
+from pie_async.cuda.step_attention import PagedAttention, StepAttention
+from pie_async.cuda.step_inputs import FedTokens, Updates, Uploader
+from pie_async.messages import LaneBinding, Row
+from pie_async.model.decoder import Decoder
+from pie_async.model.lanes import Lanes
+from pie_async.model.sampling import Needs, Sampled
+
+GREEDY = Needs()
+PAD_TOKENS = 8
+"""Tokens of an iteration without a graph are padded to a multiple: cuBLAS likes it."""
+
+
+class FusedModel:
+    """A model over paged KV: block tables, last tokens and sampling state of its lanes.
+
+    Attributes:
+        padding_lane: a row of the tables that no sequence has.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        kv: Sequence[Tensor],
+        layout: KvLayout,
+        *,
+        lanes: int,
+        max_blocks: int,
+        max_tokens: int,
+        product: Product,
+    ) -> None:
+        device, config = decoder.device, decoder.config
+        self.device = device
+        self.layout = layout
+        self.max_blocks = max_blocks
+        self.padding_lane = lanes
+        self._rotary = decoder.rotary
+        self._fused = FusedDecoder(decoder, list(kv), product)
+        self._tables = torch.zeros(lanes + 1, max_blocks, dtype=torch.int32, device=device)
+        self._last_tokens = torch.zeros(lanes + 1, dtype=torch.int64, device=device)
+        self._prompt_lens = torch.zeros(lanes + 1, dtype=torch.int64, device=device)
+        self.attention = PagedAttention(config, kv, self._tables, max_rows=lanes)
+        self.lanes = Lanes(lanes + 1, config.vocab_size, device, self._float_logits)
+        tables, tiles = 2 * lanes * (max_blocks + 1), 4 * (max_tokens + lanes)
+        self._uploader = Uploader(
+            3 * (max_tokens + PAD_TOKENS) + tables + 3 * lanes + tiles, device
+        )
+
+    def bind(self, bindings: Sequence[LaneBinding]) -> None:
+        """Sequences take over lanes."""
+        self.lanes.bind(bindings)
+        if self._rotary is not None and self._rotary.needs_lengths:
+            for binding in bindings:
+                self._prompt_lens[binding.lane].fill_(binding.prompt_len)
+
+    def fed_tokens(self, num_tokens: int, num_updates: int) -> FedTokens:
+        """Where that many tokens and updates lie once they are uploaded."""
+        return FedTokens(self._uploader.device_buffer, num_tokens, num_updates)
+
+    def upload(
+        self, fed: FedTokens, rows: Sequence[Row], updates: Updates, more: Tensor | None = None
+    ) -> Tensor:
+        """Bring an iteration's numbers to the device.
+
+        Args:
+            fed: large enough for rows and updates; the rest of it becomes padding.
+            more: [m] int32 on the host, to go with them.
+
+        Returns:
+            `more` on the device.
+        """
+        array = self._uploader.array()
+        fed.fill(array, rows, updates, padding_lane=self.padding_lane)
+        size = fed.size
+        if more is not None:
+            size += len(more)
+            array[fed.size : size] = more.numpy()
+        self._uploader.upload(size)
+        return self._uploader.device_buffer[fed.size : size]
+
+    def embed(
+        self, fed: FedTokens, *, decode_tokens: int, tiles: Tensor | None
+    ) -> tuple[StepAttention, Hidden]:
+        """Everything before the first layer, from numbers that are uploaded.
+
+        Args:
+            decode_tokens, tiles: see `StepAttention`.
+        """
+        apply_updates(self._tables, fed.updates)
+        token_ids, places = resolve(
+            fed.tokens,
+            fed.lanes,
+            fed.positions,
+            self._last_tokens,
+            self._tables,
+            self.layout.block_tokens,
+        )
+        if self.lanes.counts_tokens:
+            self.lanes.sampler.observe(fed.lanes.long(), token_ids)
+        step = StepAttention(
+            self.attention,
+            positions=fed.positions,
+            lanes=fed.lanes,
+            places=places,
+            rotation=self._rotation(fed),
+            decode_tokens=decode_tokens,
+            tiles=tiles,
+        )
+        return step, self._fused.embed(token_ids, fed.positions)
+
+    def run_layers(self, layers: range, hidden: Hidden, step: StepAttention) -> None:
+        """See `FusedDecoder.run_layers`."""
+        self._fused.run_layers(layers, hidden, step)
+
+    def choose(self, hidden: Hidden, lanes: Tensor, positions: Tensor, needs: Needs) -> Sampled:
+        """Sample from the last layer's hidden state, which is used up, and feed tokens back.
+
+        Args:
+            hidden: of n rows.
+            lanes: [n] int32, contiguous.
+            positions: [n] integers, of the tokens being sampled.
+        """
+        logits = self._fused.logits(hidden)
+        sampler = self.lanes.sampler
+        if needs == GREEDY:
+            chosen = Sampled(choose(logits, temperature=None), None)
+        elif needs == Needs(draws=True):
+            temperature, keys = sampler.draw_inputs(lanes.long())
+            tokens = choose(
+                logits,
+                temperature=temperature,
+                keys=keys,
+                positions=positions,
+                codes=sampler.codes,
+            )
+            chosen = Sampled(tokens, None)
+        else:
+            chosen = sampler.sample(logits.float(), lanes.long(), positions.long(), needs)
+        remember(self._last_tokens, lanes, chosen.tokens)
+        return chosen
+
+    def _rotation(self, fed: FedTokens) -> tuple[Tensor, Tensor] | None:
+        if self._rotary is None:
+            return None
+        positions = fed.positions.long()
+        if not self._rotary.needs_lengths:
+            return self._rotary.factors(positions)
+        lengths = torch.maximum(positions + 1, self._prompt_lens[fed.lanes.long()])
+        return self._rotary.factors(positions, lengths)
+
+    def _float_logits(self, hidden: Tensor) -> Tensor:
+        return self._fused.logits(Hidden(hidden)).float()

@@ -1,0 +1,1 @@
+"""The rows of the performance table: measured on one engine, beside rooflines and peers."""

@@ -1,0 +1,240 @@
+"""How the card's memory is shared out: arithmetic alone, and with a driver that stands in."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support.device_rigs import LAYOUT
+from support.fake_cuda_driver import FakeDriver
+
+from pie_async.config import GIB, MIB
+from pie_async.core.layout import KvLayout
+from pie_async.cuda.card_memory import CardMemory
+from pie_async.cuda.memory_budget import (
+    GRAPHS_BYTES,
+    SLACK_BYTES,
+    Card,
+    Demand,
+    paged,
+    require_weights,
+    share_out,
+)
+from pie_async.cuda.rates import measure_rates
+from pie_async.errors import ConfigError
+
+PAGE = 2 * MIB
+LLAMA = KvLayout(num_layers=32, block_tokens=16, kv_heads=8, head_dim=128, item_bytes=2)
+CARD = Card(total_bytes=140 * GIB, free_bytes=140 * GIB - 600 * MIB)
+
+
+def demand(**changes) -> Demand:
+    sizes = {
+        "context_bytes": 600 * MIB,
+        "weight_bytes": 15 * GIB,
+        "activation_bytes": 2 * GIB,
+        "graph_bytes": GIB,
+        "host_slots": 512,
+    }
+    return Demand(**{**sizes, **changes})
+
+
+# --- the cap ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("gpu_memory", "num_bytes"),
+    [
+        (0.9, int(0.9 * CARD.total_bytes)),
+        ("0.5", 70 * GIB),
+        ("50%", 70 * GIB),
+        ("100%", 140 * GIB),
+        (1, 140 * GIB),
+        ("80GiB", 80 * GIB),
+        (80 * GIB, 80 * GIB),
+        (float(GIB), GIB),
+    ],
+)
+def test_the_cap_is_a_size_or_a_share_of_the_card(gpu_memory, num_bytes):
+    assert CARD.cap_bytes(gpu_memory) == num_bytes
+
+
+def test_more_than_the_card_has_is_refused_with_both_sizes():
+    with pytest.raises(ConfigError, match=r"200\.0 GiB, but the GPU has 140\.0 GiB") as caught:
+        CARD.cap_bytes("200GiB")
+    assert caught.value.option == "gpu_memory"
+
+
+def test_memory_in_use_before_is_counted_as_ours_only_up_to_a_context():
+    assert CARD.context_bytes == 600 * MIB
+    shared = Card(total_bytes=140 * GIB, free_bytes=100 * GIB)
+    assert shared.context_bytes == GIB
+    assert shared.used_bytes(90 * GIB) == 11 * GIB
+    assert shared.reach_bytes(126 * GIB) == 101 * GIB
+
+
+# --- weights ----------------------------------------------------------------------------------
+
+
+def weights(num_bytes: int, card: Card, cap_bytes: int) -> None:
+    require_weights(num_bytes, card, cap_bytes, gpu="NVIDIA H200", dtype_name="bfloat16")
+
+
+def test_weights_that_fit_are_accepted():
+    weights(15 * GIB, CARD, 80 * GIB)
+
+
+def test_weights_larger_than_the_free_memory_name_card_and_sizes():
+    taken = Card(total_bytes=140 * GIB, free_bytes=10 * GIB)
+    with pytest.raises(
+        ConfigError, match=r"15\.0 GiB in bfloat16.*10\.0 GiB of 140\.0 GiB are free on NVIDIA H200"
+    ) as caught:
+        weights(15 * GIB, taken, 126 * GIB)
+    assert caught.value.option == "model"
+
+
+def test_weights_larger_than_the_cap_name_the_cap():
+    with pytest.raises(ConfigError, match=r"gpu_memory is 15\.0 GiB; raise it") as caught:
+        weights(15 * GIB, CARD, 15 * GIB)
+    assert caught.value.option == "gpu_memory"
+
+
+# --- the arena --------------------------------------------------------------------------------
+
+
+def test_the_arena_gets_what_is_left_and_nothing_exceeds_the_cap():
+    shares = share_out(80 * GIB, demand(), LLAMA, page_bytes=PAGE)
+    assert shares.ring_bytes == 3 * 512 * 64 * 1024
+    assert shares.arena_bytes == shares.device_slots * LLAMA.block_bytes
+    # Less than one page per layer is lost, and the reserve stays.
+    assert SLACK_BYTES <= shares.free_bytes < SLACK_BYTES + 32 * PAGE
+    parts = 15 * GIB + 2 * GIB + GIB + 600 * MIB + shares.ring_bytes + shares.arena_bytes
+    assert parts + shares.free_bytes == 80 * GIB
+
+
+def test_an_arena_of_a_given_size_is_kept_and_the_rest_stays_free():
+    shares = share_out(80 * GIB, demand(), LLAMA, page_bytes=PAGE, device_slots=1000)
+    assert shares.device_slots == 1000
+    assert shares.arena_bytes == 32 * paged(1000, LLAMA, PAGE)
+    assert shares.free_bytes > 50 * GIB
+
+
+@pytest.mark.parametrize("how", [{}, {"device_slots": 4}])
+def test_with_nothing_left_the_error_says_what_everything_takes(how):
+    with pytest.raises(ConfigError) as caught:
+        share_out(18 * GIB, demand(), LLAMA, page_bytes=PAGE, **how)
+    message = str(caught.value)
+    for part in (
+        "18.0 GiB under gpu_memory 0 B are left for KV",
+        "weights 15.0 GiB",
+        "activations 2.0 GiB",
+        "CUDA graphs 1.0 GiB",
+        "lower token_budget",
+    ):
+        assert part in message
+    assert caught.value.option == "gpu_memory"
+
+
+def test_an_arena_larger_than_what_is_left_is_refused():
+    with pytest.raises(ConfigError, match=r"which needs 100\.0 GiB at least"):
+        share_out(80 * GIB, demand(), LLAMA, page_bytes=PAGE, device_slots=50 * 1024)
+
+
+def test_the_table_adds_up_for_people():
+    lines = list(share_out(80 * GIB, demand(), LLAMA, page_bytes=PAGE).lines())
+    assert any("weights" in line and "15.0 GiB" in line for line in lines)
+    assert any("free below the cap" in line for line in lines)
+
+
+# --- measured ---------------------------------------------------------------------------------
+
+
+class StandInRunner:
+    """Takes memory of a stand-in driver as a runner takes the card's."""
+
+    graph_bytes = 3 * MIB
+
+    def __init__(self, driver: FakeDriver, kept_bytes: int, per_token_bytes: int) -> None:
+        self._driver = driver
+        self._kept_bytes, self._per_token_bytes = kept_bytes, per_token_bytes
+        self._driver.torch_holds(kept_bytes)
+        self.profiled: list[int] = []
+
+    def profile(self, num_tokens: int) -> int:
+        self.profiled.append(num_tokens)
+        peak = num_tokens * self._per_token_bytes
+        self._driver.torch_holds(self._kept_bytes + peak)
+        return peak
+
+
+class CountingDriver(FakeDriver):
+    """A driver that also counts what torch holds."""
+
+    def __init__(self, memory_bytes: int) -> None:
+        super().__init__(memory_bytes=memory_bytes)
+        self.weight_bytes = self.held_bytes = 0
+
+    def free_bytes(self) -> int:
+        return super().free_bytes() - self.weight_bytes - self.held_bytes
+
+    def torch_bytes(self) -> int:
+        return self.weight_bytes + self.held_bytes
+
+    def torch_holds(self, num_bytes: int) -> None:
+        self.held_bytes = max(self.held_bytes, num_bytes)
+
+    def trim(self) -> None:
+        self.held_bytes = 0
+
+
+def test_a_runner_is_profiled_and_the_arena_takes_what_is_left():
+    driver = CountingDriver(memory_bytes=4 * GIB)
+    memory = CardMemory(driver, "3GiB")
+    driver.weight_bytes = GIB
+    shares = memory.plan(
+        lambda layers: StandInRunner(driver, 16 * MIB, 1000),
+        LAYOUT,
+        torch.float32,
+        device_slots=None,
+        host_slots=16,
+        token_budget=8192,
+        decode_rows=256,
+    )
+    assert shares.weight_bytes == GIB
+    assert shares.activation_bytes == 16 * MIB + 8192 * 1000
+    assert shares.graph_bytes == GRAPHS_BYTES + 256 * 1000
+    assert shares.arena_bytes > GIB
+    assert driver.leftovers() == [], "the small arena is given back"
+    driver.close()
+
+
+def test_torch_is_kept_below_the_cap_and_the_report_follows_the_driver():
+    driver = CountingDriver(memory_bytes=4 * GIB)
+    memory = CardMemory(driver, 0.75)
+    driver.weight_bytes = GIB
+    runner = StandInRunner(driver, 16 * MIB, 1000)
+    memory.plan(
+        lambda layers: runner,
+        LAYOUT,
+        torch.float32,
+        device_slots=100,
+        host_slots=0,
+        token_budget=512,
+        decode_rows=64,
+    )
+    arena = driver.create_memory(512 * MIB)
+    memory.settle(runner)
+    assert driver.torch_limit_bytes == 3 * GIB - 512 * MIB - SLACK_BYTES
+    report = memory.report(runner)
+    assert report.used_bytes == GIB + 512 * MIB
+    assert report.graph_bytes == 3 * MIB
+    assert report.cap_bytes == 3 * GIB
+    driver.release_memory(arena)
+    driver.close()
+
+
+def test_rates_are_measured_on_the_drivers_device():
+    driver = FakeDriver()
+    rates = measure_rates(driver, torch.float32, size=64, copy_bytes=2**16)
+    assert rates.flops_per_s > 0
+    assert rates.read_bytes_per_s > 0
+    driver.close()
