@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from pie_async.cuda.card_memory import CardMemory
     from pie_async.cuda.driver import Driver
+    from pie_async.cuda.fused_decoder import Product
     from pie_async.cuda.fused_runner import FusedRunner
     from pie_async.cuda.plain_runner import PlainRunner
     from pie_async.device.cost_model import ModelShape
@@ -154,7 +155,6 @@ def _assemble_cuda(config: EngineConfig, progress: Progress | None) -> Parts:
     from pie_async.cuda.errors import require_cuda
 
     require_cuda(config.quantization)  # before cuda-python is imported, which may be missing
-    _refuse_fp8(config)
     import torch
 
     from pie_async.cuda.card_memory import CardMemory
@@ -165,11 +165,12 @@ def _assemble_cuda(config: EngineConfig, progress: Progress | None) -> Parts:
     dtype: torch.dtype = getattr(torch, files.dtype_name)
     driver = Driver(torch.device("cuda"))
     memory = CardMemory(driver, config.gpu_memory)
-    memory.require_weights(files.config.num_parameters * dtype.itemsize, files.dtype_name)
+    memory.require_weights(files.config.weight_bytes(dtype.itemsize), files.dtype_name)
     limits = _cuda_limits(config, files, dtype, driver, memory)
     decoder = _load(config, files, dtype, driver.device, progress)
     layout = model_layout(config, files.config, dtype.itemsize)
-    device_slots = _cuda_slots(config, files, layout, dtype, decoder, memory, limits)
+    product = _tuned(config, limits, decoder)
+    device_slots = _cuda_slots(config, files, layout, dtype, decoder, memory, limits, product)
     sizes = _size_up(config, files, layout, device_slots)
     device = CudaDevice(
         driver,
@@ -179,19 +180,11 @@ def _assemble_cuda(config: EngineConfig, progress: Progress | None) -> Parts:
         dtype=dtype,
         poisons=config.debug,
     )
-    runner = _cuda_runner(config, limits, sizes, decoder, device.arena.layers)
+    runner = _cuda_runner(config, limits, sizes, decoder, product, device.arena.layers)
     device.load(runner)
     memory.settle(runner)
     parts = _parts(config, files, sizes, limits, device)
     return msgspec.structs.replace(parts, gpu_memory=lambda: memory.report(runner))
-
-
-def _refuse_fp8(config: EngineConfig) -> None:
-    if config.quantization is not None:
-        raise ConfigError(
-            f"quantization {config.quantization} cannot be computed yet; leave it out",
-            option="quantization",
-        )
 
 
 def _cuda_limits(
@@ -204,7 +197,7 @@ def _cuda_limits(
     from pie_async.cuda.rates import measure_rates
 
     model, rates = files.config, measure_rates(driver, dtype)
-    weight_bytes = model.num_parameters * dtype.itemsize
+    weight_bytes = model.weight_bytes(dtype.itemsize)
     cost = IterationCost(
         weight_bytes=weight_bytes,
         # The arena is seldom full of what one iteration reads.
@@ -227,6 +220,7 @@ def _cuda_slots(
     decoder: Decoder,
     memory: CardMemory,
     limits: Limits,
+    product: Product | None,
 ) -> int:
     """Slots of the arena: as configured, or what is left under the cap."""
     wanted = None if config.device_kv_bytes is None else count_device_slots(config, layout)
@@ -234,7 +228,7 @@ def _cuda_slots(
     longest = config.max_model_len or files.config.max_positions
     profiled = _Sizes(layout, 0, host_slots, longest, 0)
     return memory.plan(
-        lambda layers: _cuda_runner(config, limits, profiled, decoder, layers),
+        lambda layers: _cuda_runner(config, limits, profiled, decoder, product, layers),
         layout,
         dtype,
         device_slots=wanted,
@@ -244,17 +238,31 @@ def _cuda_slots(
     ).device_slots
 
 
+def _tuned(config: EngineConfig, limits: Limits, decoder: Decoder) -> Product | None:
+    """The fastest products for this model on this card; None where torch's own are asked for."""
+    if config.kernels == "torch":
+        return None
+    from pie_async.cuda.graphs import buckets
+    from pie_async.cuda.tuning import Tuner
+
+    quantization = decoder.config.quantization
+    tuner = Tuner(quantizes_activations=quantization is None or quantization.quantizes_activations)
+    tuner.prepare(decoder.typical_weights, buckets(limits.max_running_sequences))
+    return tuner
+
+
 def _cuda_runner(
     config: EngineConfig,
     limits: Limits,
     sizes: _Sizes,
     decoder: Decoder,
+    product: Product | None,
     layers: Sequence[Tensor],
 ) -> PlainRunner | FusedRunner:
     from pie_async.cuda.plain_runner import PlainRunner
 
     lanes, max_blocks = limits.max_running_sequences, _most_blocks(sizes)
-    if config.kernels == "torch":
+    if product is None:
         return PlainRunner(
             decoder,
             layers,
@@ -271,6 +279,7 @@ def _cuda_runner(
         lanes=lanes,
         max_blocks=max_blocks,
         max_tokens=limits.token_budget,
+        product=product,
         uses_graphs=config.cuda_graphs,
     )
 
@@ -320,6 +329,10 @@ def read_model(config: EngineConfig) -> tuple[Path | None, ModelConfig]:
 def _read_files(config: EngineConfig) -> _Files:
     path, model = read_model(config)
     dtype_name = compute_dtype(config, model.dtype)
+    if config.quantization is not None and model.quantization is None:
+        from pie_async.model.quantization import WHILE_LOADING
+
+        model = msgspec.structs.replace(model, quantization=WHILE_LOADING)
     return _Files(path, model, _read_tokenizer(config, path, model.vocab_size), dtype_name)
 
 
@@ -341,7 +354,7 @@ def _size_up(config: EngineConfig, files: _Files, layout: KvLayout, device_slots
         max_model_len=longest_sequence(
             config, layout, files.config.max_positions, device_slots + host_slots
         ),
-        weight_bytes=files.config.num_parameters * layout.item_bytes,
+        weight_bytes=files.config.weight_bytes(layout.item_bytes),
     )
 
 

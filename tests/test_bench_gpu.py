@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -125,35 +126,59 @@ def test_host_time_counts_the_work_of_threads():
 
 # --- peers ------------------------------------------------------------------------------------
 
-PEER = """
-import json, sys
-arguments = sys.argv[1:]
-def value(name): return arguments[arguments.index(name) + 1]
-requests = json.load(open(value("--trace")))
-assert json.load(open(value("--config-json")))["architectures"] == ["LlamaForCausalLM"]
-assert value("--kv-cache-gib") == "2.0" and "--extra" in arguments
-print("noise")
-for _ in range(int(value("--repeat")) if "--repeat" in arguments else 1):
-    print("RESULT " + json.dumps({
-        "out_tok_per_s": 100.0 * len(requests), "req_per_s": float(len(requests)),
-        "p50_ttft_ms": 5.0, "first_arrival_s": requests[0]["arrival_s"]}))
-"""
+FAKE_VLLM = {
+    "vllm/__init__.py": """
+        class SamplingParams:
+            def __init__(self, **fields): self.__dict__ |= fields
+        TokensPrompt = dict
+        """,
+    "vllm/sampling_params.py": "class RequestOutputKind: DELTA, FINAL_ONLY = 1, 2",
+    "vllm/engine/__init__.py": "",
+    "vllm/engine/arg_utils.py": "AsyncEngineArgs = dict",
+    "vllm/v1/__init__.py": "",
+    "vllm/v1/engine/__init__.py": "",
+    "vllm/v1/engine/async_llm.py": """
+        import json, pathlib, types
+        class AsyncLLM:
+            def __init__(self, arguments):
+                config = json.loads(pathlib.Path(arguments["model"], "config.json").read_text())
+                assert config["architectures"] == ["LlamaForCausalLM"]
+                assert arguments["kv_cache_memory_bytes"] == 2 * 2**30
+            from_engine_args = classmethod(lambda cls, arguments: cls(arguments))
+            async def generate(self, prompt, params, name):
+                assert prompt["prompt_token_ids"]
+                tokens = [7] * params.max_tokens
+                for part in ([tokens[:1], tokens[1:]] if params.output_kind == 1 else [tokens]):
+                    yield types.SimpleNamespace(outputs=[types.SimpleNamespace(token_ids=part)])
+            def shutdown(self): pass
+        """,
+}
+
+
+def write_vllm(directory: Path, **changes: str) -> None:
+    for name, text in {**FAKE_VLLM, **changes}.items():
+        path = directory / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(textwrap.dedent(text))
 
 
 def test_vllm_gets_the_same_requests_and_its_results_are_kept(tmp_path, trace):
-    (tmp_path / "bench_vllm.py").write_text(PEER)
+    write_vllm(tmp_path)
     options = parse(
         ["--vllm", str(tmp_path), "--kv", "2GiB", "--trace", str(trace), "--requests", "10",
-         "--seconds", "2", "--vllm-arguments=--extra"]
+         "--seconds", "1"]
     )  # fmt: skip
     saved: list[dict] = []
     found = measured_peers(options, lambda peers: saved.append(dict(peers)))
-    assert found["throughput-64"]["output_tokens_per_s"] == 6400.0
-    assert len(found["throughput-256"]["runs"]) == options.rounds
-    assert found["azure"]["requests_per_s"] == 10.0
-    assert found["rate"]["requests_per_s"] == 7.0
-    assert found["rate"]["first_arrival_s"] > 0
-    assert [len(peers) for peers in saved] == [1, 2, 3, 4]
+    assert saved == [found]
+    for name, tokens in (("throughput-64", 64 * 128), ("throughput-256", 256 * 128)):
+        rounds = found[name]["rounds"]
+        assert len(rounds) == options.rounds
+        for each in rounds:
+            assert each["out_tok_per_s"] * each["duration_s"] == pytest.approx(tokens)
+    rate = found["azure"]["requests_per_s"]
+    assert found["rate"]["requests_per_s"] == pytest.approx(0.7 * rate)
+    assert found["rate"]["p99_ttft_ms"] >= found["rate"]["p50_ttft_ms"] > 0
 
 
 def test_an_earlier_runs_peers_are_used_again(tmp_path):
@@ -164,7 +189,7 @@ def test_an_earlier_runs_peers_are_used_again(tmp_path):
 
 
 def test_a_peer_that_fails_costs_its_row_alone(tmp_path, trace):
-    (tmp_path / "bench_vllm.py").write_text("raise SystemExit('no kernel image')")
+    write_vllm(tmp_path, **{"vllm/engine/arg_utils.py": "raise SystemExit('no kernel image')"})
     options = parse(["--vllm", str(tmp_path), "--rows", "throughput-64"])
     found = measured_peers(options, lambda peers: None)
     assert "no kernel image" in found["throughput-64"]["failure"]

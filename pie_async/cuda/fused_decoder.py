@@ -16,12 +16,14 @@ from pie_async.cuda.kernels.activation import activate
 from pie_async.cuda.kernels.embedding import embed
 from pie_async.cuda.kernels.norm import add_norm, norm
 from pie_async.cuda.kernels.qkv import rotate_and_store
+from pie_async.cuda.tuning import product
 from pie_async.model.config import OPT_POSITION_OFFSET
 from pie_async.model.decoder import Decoder, DecoderLayer
-from pie_async.model.layers import Norm
+from pie_async.model.layers import Linear, Norm
 
-Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
-"""x [n, in], weight [out, in], bias [out] or None -> [n, out]."""
+Product = Callable[[Tensor, Tensor, Tensor | None, Tensor | None], Tensor]
+"""x [n, in], weight [out, in], bias [out] or None, scale [out] of an FP8 weight or None ->
+[n, out]."""
 
 
 class Step(Protocol):
@@ -83,9 +85,7 @@ class FusedDecoder:
         product: the linear layers' product.
     """
 
-    def __init__(
-        self, decoder: Decoder, kv: list[Tensor], product: Product = functional.linear
-    ) -> None:
+    def __init__(self, decoder: Decoder, kv: list[Tensor], product: Product = product) -> None:
         self._decoder = decoder
         self._kv = kv
         self._product = product
@@ -99,7 +99,7 @@ class FusedDecoder:
             offset = OPT_POSITION_OFFSET
             return Hidden(embed(token_ids, decoder.embedding, positions, decoder.positions, offset))
         x = embed(token_ids, decoder.embedding)
-        x = self._product(x, decoder.project_in.weight, decoder.project_in.bias)
+        x = self._linear(x, decoder.project_in)
         assert decoder.positions is not None
         return Hidden(x + functional.embedding(positions + OPT_POSITION_OFFSET, decoder.positions))
 
@@ -122,13 +122,16 @@ class FusedDecoder:
         decoder = self._decoder
         x = hidden.sum() if decoder.final_norm is None else hidden.normed(decoder.final_norm)
         if decoder.project_out is not None:
-            x = self._product(x, decoder.project_out.weight, decoder.project_out.bias)
-        return self._product(x, decoder.head, None)
+            x = self._linear(x, decoder.project_out)
+        return self._product(x, decoder.head, None, None)
+
+    def _linear(self, x: Tensor, layer: Linear) -> Tensor:
+        return self._product(x, layer.weight, layer.bias, layer.scale)
 
     def _attend(self, number: int, layer: DecoderLayer, x: Tensor, step: Step) -> Tensor:
         q_norm, k_norm = layer.q_norm, layer.k_norm
         queries = rotate_and_store(
-            self._product(x, layer.qkv.weight, layer.qkv.bias),
+            self._linear(x, layer.qkv),
             step.places,
             self._kv[number],
             num_heads=self._decoder.config.num_heads,
@@ -137,9 +140,9 @@ class FusedDecoder:
             k_norm=None if k_norm is None else k_norm.weight,
             eps=self._decoder.config.norm_eps,
         )
-        return self._product(step.attend(number, queries), layer.out.weight, layer.out.bias)
+        return self._linear(step.attend(number, queries), layer.out)
 
     def _mlp(self, layer: DecoderLayer, x: Tensor) -> Tensor:
         mlp = layer.mlp
-        inner = activate(self._product(x, mlp.up.weight, mlp.up.bias), mlp.activation, mlp.is_gated)
-        return self._product(inner, mlp.down.weight, mlp.down.bias)
+        inner = activate(self._linear(x, mlp.up), mlp.activation, mlp.is_gated)
+        return self._linear(inner, mlp.down)

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from pie_async.core.layout import KvLayout
 from pie_async.cuda.decode_program import DecodeProgram, graphable, most_updates
@@ -19,6 +18,7 @@ from pie_async.cuda.fused_decoder import Product
 from pie_async.cuda.fused_model import GREEDY, PAD_TOKENS, FusedModel
 from pie_async.cuda.graphs import bucket_of, buckets
 from pie_async.cuda.step_inputs import Updates, flat_updates
+from pie_async.cuda.tuning import product
 from pie_async.messages import Row, RunIteration
 from pie_async.model.decoder import Decoder
 from pie_async.model.lanes import Results
@@ -51,7 +51,7 @@ class FusedRunner:
         lanes: int,
         max_blocks: int,
         max_tokens: int,
-        product: Product = functional.linear,
+        product: Product = product,
         uses_graphs: bool = True,
     ) -> None:
         self._model = FusedModel(

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import msgspec
 
 from pie_async.model.config_fields import Fields, read_json_object
+from pie_async.model.quantization import Quantization, read_quantization
 from pie_async.model.rope import RopeConfig, read_rope
 
 Family = Literal["llama", "mistral", "qwen2", "qwen3", "opt"]
@@ -84,6 +85,7 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
     has_qk_norm: bool = False
     is_tied: bool = False
     """The output layer is the token embedding."""
+    quantization: Quantization | None = None
 
     @property
     def num_parameters(self) -> int:
@@ -105,6 +107,18 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
             embedding += 2 * self.embedding_size * hidden
         layers = self.num_layers * (attention + mlp + 2 * norm)
         return layers + embedding + norm * self.has_final_norm
+
+    def weight_bytes(self, item_bytes: int) -> int:
+        """What the parameters take, scales not counted.
+
+        Args:
+            item_bytes: of those that are not quantised.
+        """
+        if self.quantization is None:
+            return self.num_parameters * item_bytes
+        tables = 1 if self.is_tied else 2
+        embedding = self.vocab_size * self.embedding_size * tables
+        return self.num_parameters + embedding * (item_bytes - 1)
 
 
 OPT_POSITION_OFFSET = 2
@@ -143,7 +157,9 @@ def config_of(
                 "architectures", f"{each!r} is not supported, only {architecture}"
             )
     eos_ids = tuple(dict.fromkeys((*more_eos_ids, *fields.token_ids("eos_token_id"))))
-    config = reader(fields, eos_ids)
+    config = msgspec.structs.replace(
+        reader(fields, eos_ids), quantization=read_quantization(fields)
+    )
     _refuse_unread(fields)
     return config
 

@@ -23,6 +23,10 @@ class Fields:
         self._where = where
         self._read: set[str] = set()
 
+    def within(self, name: str, values: Mapping[str, Any]) -> Fields:
+        """The object that a field holds."""
+        return Fields(values, f"{self._where}: {name}")
+
     def fail(self, name: str, problem: str) -> ModelError:
         """The error to raise about a field."""
         return ModelError(f"{self._where}: {name} {problem}")

@@ -157,7 +157,7 @@ class Decoder:
         self.config = config
         self.dtype = dtype
         self.device = device
-        self.parameters = parameters = Parameters(dtype, device)
+        self.parameters = parameters = Parameters(dtype, device, config.quantization)
         names = _OPT_NAMES if config.family == "opt" else _LLAMA_NAMES
         hidden, width = config.hidden_size, config.embedding_size
         self.embedding = parameters.one(f"{names.embedding}.weight", config.vocab_size, width)
@@ -192,6 +192,13 @@ class Decoder:
             self._packed_head = pack_linear(self.head, None)
         if not self.config.is_tied and self._packed_head is not None:
             self.head = self.head[:0]
+
+    @property
+    def typical_weights(self) -> list[Tensor]:
+        """A weight of every shape that a pass multiplies with."""
+        layer = self.layers[0]
+        linears = (layer.qkv, layer.out, layer.mlp.up, layer.mlp.down)
+        return [*(linear.weight for linear in linears), self.head]
 
     def embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """[n, hidden] from [n] token ids and [n] positions, both int64."""

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from pie_async.errors import UnsupportedModel
 from pie_async.model.config import Activation, ModelConfig
+from pie_async.model.quantization import FP8, Quantization, quantize, widen
 
 
 class Parameters:
@@ -17,11 +19,38 @@ class Parameters:
     Fused parameters are filled slice by slice, so a checkpoint is never held twice.
     """
 
-    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self,
+        dtype: torch.dtype,
+        device: torch.device,
+        quantization: Quantization | None = None,
+    ) -> None:
         self._dtype = dtype
         self._device = device
+        self._quantization = quantization
+        self._scales: dict[str, Tensor] = {}
+        """By checkpoint name of a weight to quantise, or of a scale to spread: [rows] of scales."""
         self.by_name: dict[str, Tensor] = {}
-        """Views by checkpoint name; writing to one writes the parameter."""
+        """Tensors by checkpoint name, of the stored shape; `fill` writes the parameter."""
+
+    def fill(self, name: str, write: Callable[[Tensor], None]) -> None:
+        """Have a checkpoint tensor's numbers written, and what follows from them.
+
+        Args:
+            write: given a tensor of the stored shape, puts the numbers there.
+        """
+        target, scales = self.by_name[name], self._scales.get(name)
+        if scales is None:
+            write(target)
+        elif target.dtype == FP8:
+            whole = torch.empty(target.shape, dtype=self._dtype, device=self._device)
+            write(whole)
+            numbers, exact = quantize(whole)
+            target.copy_(numbers)
+            scales.copy_(exact)
+        else:
+            write(target)
+            scales.copy_(target.expand_as(scales))
 
     def one(self, name: str, *shape: int) -> Tensor:
         """An uninitialised parameter that one checkpoint tensor fills."""
@@ -42,6 +71,42 @@ class Parameters:
             first += count
         return whole
 
+    def matrix(
+        self, parts: Sequence[tuple[str, int]], columns: int
+    ) -> tuple[Tensor, Tensor | None]:
+        """The weight of a linear layer, in FP8 with [rows] scales if the model is quantised.
+
+        Args:
+            parts: (checkpoint name of a layer, rows), one below the other.
+
+        Raises:
+            UnsupportedModel: only some of the parts are quantised.
+        """
+        weights = [(f"{name}.weight", rows) for name, rows in parts]
+        quantization = self._quantization
+        included = [quantization is not None and quantization.includes(name) for name, _ in parts]
+        if quantization is None or not any(included):
+            return self.stacked(weights, columns), None
+        if not all(included):
+            names = ", ".join(name for name, _ in parts)
+            raise UnsupportedModel("ignore", f"quantising only some of {names} is not supported")
+        rows = sum(count for _, count in parts)
+        whole = torch.empty(rows, columns, dtype=FP8, device=self._device)
+        scale = torch.empty(rows, dtype=torch.float32, device=self._device)
+        first = 0
+        for name, count in parts:
+            part = scale[first : first + count]
+            self.by_name[f"{name}.weight"] = whole[first : first + count]
+            if quantization.scales is None:
+                self._scales[f"{name}.weight"] = part
+            elif quantization.scales == "channel":
+                self.by_name[f"{name}.weight_scale"] = part[:, None]
+            else:
+                self.by_name[f"{name}.weight_scale"] = part.new_empty(1)
+                self._scales[f"{name}.weight_scale"] = part
+            first += count
+        return whole, scale
+
 
 class Linear:
     """x -> x W^T + b; several checkpoint layers of the same input may be stacked into one."""
@@ -54,9 +119,8 @@ class Linear:
         *,
         has_bias: bool = False,
     ) -> None:
-        weights = [(f"{name}.weight", rows) for name, rows in parts]
         biases = [(f"{name}.bias", rows) for name, rows in parts]
-        self.weight = parameters.stacked(weights, in_features)
+        self.weight, self.scale = parameters.matrix(parts, in_features)
         self.bias = parameters.stacked(biases) if has_bias else None
         self._packed: PackedLinear | None = None
 
@@ -69,7 +133,10 @@ class Linear:
     def __call__(self, x: Tensor) -> Tensor:
         if self._packed is not None:
             return self._packed(x)
-        return functional.linear(x, self.weight, self.bias)
+        weight = self.weight
+        if self.scale is not None:
+            weight = widen(weight, self.scale, x.dtype)
+        return functional.linear(x, weight, self.bias)
 
 
 PackedLinear = Callable[[Tensor], Tensor]

@@ -24,6 +24,7 @@ _DTYPES = {
     "F32": torch.float32,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
 }
 _MOST_HEADER_BYTES = 100 * 2**20
 _CHUNK_BYTES = 8 * 2**20
@@ -111,7 +112,13 @@ class TensorReader:
         if dtype is None:
             raise WeightsError(
                 f"{stored.file} holds {stored.dtype} tensors; only {', '.join(_DTYPES)} are "
-                "supported (not quantised weights)"
+                "supported (not other quantised weights)"
+            )
+        if dtype != target.dtype and torch.float8_e4m3fn in (dtype, target.dtype):
+            wanted = str(target.dtype).removeprefix("torch.")
+            raise WeightsError(
+                f"{stored.file} holds {stored.dtype} where {wanted} belongs, which its config.json "
+                "does not explain"
             )
         flat, done = target.view(-1), 0
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path, PurePath
 from typing import Any
@@ -56,12 +57,21 @@ def load_model(
         if progress is not None:
             progress(done, total)
 
-    reader = TensorReader()
-    for name, target in decoder.parameters.by_name.items():
-        reader.copy(sources[name], target, advance)
-    del reader
+    _fill(decoder, sources, advance)
     decoder.finish()
     return decoder
+
+
+def _fill(
+    decoder: Decoder, sources: dict[str, StoredTensor], advance: Callable[[int], None]
+) -> None:
+    reader = TensorReader()
+    for name, source in sources.items():
+
+        def write(target: Tensor, source: StoredTensor = source) -> None:
+            reader.copy(source, target, advance)
+
+        decoder.parameters.fill(name, write)
 
 
 def _find_tensors(path: Path) -> dict[str, StoredTensor]:
@@ -130,7 +140,7 @@ def _match(
     misshapen = [
         f"{name} is {list(found[name].shape)}, should be {list(target.shape)}"
         for name, target in expected.items()
-        if name in found and found[name].shape != tuple(target.shape)
+        if name in found and not _has_shape(found[name], name, target)
     ]
     if misshapen:
         problems.append(_listed(misshapen))
@@ -139,9 +149,16 @@ def _match(
     return {name: found[name] for name in expected}
 
 
+def _has_shape(stored: StoredTensor, name: str, target: Tensor) -> bool:
+    """Scales are stored with and without dimensions of one."""
+    if name.endswith(".weight_scale"):
+        return math.prod(stored.shape) == target.numel() and len(stored.shape) <= 2
+    return stored.shape == tuple(target.shape)
+
+
 def _is_harmless(name: str) -> bool:
-    """Derived tensors that older checkpoints stored."""
-    return name.endswith((".rotary_emb.inv_freq", ".masked_bias"))
+    """Derived tensors that older checkpoints stored, and scales of activations (not used)."""
+    return name.endswith((".rotary_emb.inv_freq", ".masked_bias", ".input_scale"))
 
 
 def _listed(names: Sequence[str] | Iterable[str]) -> str:

@@ -38,7 +38,11 @@ def _scaled(options: Options, item: WorkItem) -> WorkItem:
     )
 
 
-def at_rate(options: Options, requests_per_s: float) -> list[WorkItem]:
-    """As many of the trace as arrive within the row's time, as a Poisson process."""
-    count = max(FEWEST_AT_RATE, round(requests_per_s * options.seconds))
+def at_rate(options: Options, requests_per_s: float, *, count: int | None = None) -> list[WorkItem]:
+    """As many of the trace as arrive within the row's time, as a Poisson process.
+
+    Args:
+        count: so many instead.
+    """
+    count = count or max(FEWEST_AT_RATE, round(requests_per_s * options.seconds))
     return arrive_at_rate(_from_trace(options, count), requests_per_s=requests_per_s, seed=1)

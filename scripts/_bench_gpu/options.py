@@ -37,8 +37,6 @@ class Options(NamedTuple):
     read_bytes_per_s: float
     engine: EngineConfig
     vllm: Path | None
-    vllm_script: Path | None
-    vllm_arguments: tuple[str, ...]
     flashinfer: Path | None
     flashinfer_script: Path | None
     peers_from: Path | None
@@ -81,8 +79,6 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
         read_bytes_per_s=given.hbm_rate,
         engine=_engine(given),
         vllm=_packages(given.vllm),
-        vllm_script=given.vllm_script or _beside(given.vllm, "bench_vllm.py"),
-        vllm_arguments=tuple(given.vllm_arguments.split()),
         flashinfer=_packages(given.flashinfer),
         flashinfer_script=given.flashinfer_script
         or _beside(given.flashinfer, "bench_flashinfer.py"),
@@ -148,8 +144,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--profile", action="store_true", help="20 decode iterations under torch's profiler")
     add("--hbm-rate", type=float, default=4.2e12, help="bytes/s of the rooflines")
     add("--vllm", type=Path, metavar="DIR", help="an unpacked vLLM")
-    add("--vllm-script", type=Path, help="its benchmark script; by default bench_vllm.py there")
-    add("--vllm-arguments", default="", help="more arguments for it, in one string")
     add("--flashinfer", type=Path, metavar="DIR", help="an unpacked FlashInfer")
     add("--flashinfer-script", type=Path, help="by default bench_flashinfer.py there")
     add("--peers-from", type=Path, metavar="FILE", help="an earlier --out: its peers' results")

@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pie_async.config import GIB
 from pie_async.errors import ConfigError
 from pie_async.model.named_shapes import NAMED_SHAPES
 from pie_async.workload import WorkItem
@@ -48,64 +47,89 @@ def results_of(
             [sys.executable, str(script), *arguments],
             env=environment, capture_output=True, text=True, timeout=seconds, check=False,
         )  # fmt: skip
-    except subprocess.TimeoutExpired:
+    except subprocess.TimeoutExpired as late:
+        # What it has printed so far counts.
+        if found := _found((late.stdout or b"").decode()):
+            return found
         raise PeerFailed(f"took longer than {seconds:.0f} s") from None
-    lines = done.stdout.splitlines()
-    found = [json.loads(line.removeprefix("RESULT ")) for line in lines if line[:7] == "RESULT "]
+    found = _found(done.stdout)
     if not found:
         last = (done.stderr or done.stdout).strip().splitlines()[-3:]
         raise PeerFailed(f"ended with status {done.returncode}: {' | '.join(last)[-300:]}")
     return found
 
 
+def _found(printed: str) -> list[Result]:
+    lines = printed.splitlines()
+    return [json.loads(line.removeprefix("RESULT ")) for line in lines if line[:7] == "RESULT "]
+
+
+class PeerLoad(NamedTuple):
+    """Requests for a peer, and how often they are run."""
+
+    name: str
+    items: Sequence[WorkItem]
+    rounds: int = 1
+    share_of: str | None = None
+    """Arrivals, meant for 1 request per second, are sped up to a share of what this load
+    reached, and cut after `seconds`."""
+    share: float = 1.0
+    seconds: float = 0.0
+
+
 class Vllm(NamedTuple):
-    """vLLM with random weights of a named shape, through its benchmark script."""
+    """vLLM with random weights of a named shape, all loads on one engine."""
 
     packages: Path
-    script: Path
     model: str
     kv_bytes: int
-    more: Sequence[str]
-    """Further arguments for the script."""
+    context_tokens: int
     scratch: Path
     seconds: float
 
-    def saturated(self, items: Sequence[WorkItem], *, rounds: int) -> list[Result]:
-        """All requests at once."""
-        how = ["--mode", "offline", "--repeat", str(rounds)]
-        return self._run([*how, *self._trace(items, "saturated")])
+    def results(self, loads: Sequence[PeerLoad]) -> list[Result]:
+        """One result for every round of every load, as far as it got.
 
-    def at_rate(self, items: Sequence[WorkItem]) -> Result:
-        """At their arrival times."""
-        return self._run(["--mode", "online", *self._trace(items, "rate")])[0]
+        Raises:
+            PeerFailed: it has no result at all.
+        """
+        engine = {
+            "model": str(self._model()),
+            "load_format": "dummy",
+            "skip_tokenizer_init": True,
+            "dtype": "bfloat16",
+            "max_model_len": self.context_tokens,
+            "kv_cache_memory_bytes": self.kv_bytes,
+            "enable_prefix_caching": False,
+        }
+        plan = self.scratch / "plan.json"
+        plan.write_text(json.dumps({"engine": engine, "loads": [_plain(load) for load in loads]}))
+        driver = Path(__file__).with_name("vllm_driver.py")
+        return results_of(driver, [str(plan)], packages=self.packages, seconds=self.seconds)
 
-    def _run(self, arguments: Sequence[str]) -> list[Result]:
-        common = ["--kv-cache-gib", str(self.kv_bytes / GIB), *self._model(), *self.more]
-        return results_of(
-            self.script, [*common, *arguments], packages=self.packages, seconds=self.seconds
-        )
-
-    def _model(self) -> list[str]:
+    def _model(self) -> Path:
         if self.model not in NAMED_SHAPES:
             raise ConfigError(f"vLLM can be given named shapes only, not {self.model}")
         config = dict(NAMED_SHAPES[self.model])
         config["architectures"] = [_ARCHITECTURES[config["model_type"]]]
-        path = self.scratch / f"{self.model}.json"
-        path.write_text(json.dumps(config))
-        return ["--config-json", str(path)]
+        config["torch_dtype"] = "bfloat16"
+        path = self.scratch / self.model
+        path.mkdir(exist_ok=True)
+        (path / "config.json").write_text(json.dumps(config))
+        return path
 
-    def _trace(self, items: Sequence[WorkItem], name: str) -> list[str]:
-        path = self.scratch / f"{name}.json"
-        listed = [
-            {
-                "prompt_len": item.prompt_tokens,
-                "output_len": item.output_tokens,
-                "arrival_s": item.arrival_s,
-            }
-            for item in items
-        ]
-        path.write_text(json.dumps(listed))
-        return ["--trace", str(path)]
+
+def _plain(load: PeerLoad) -> dict[str, Any]:
+    requests = [
+        {
+            "prompt_len": item.prompt_tokens,
+            "output_len": item.output_tokens,
+            "arrival_s": item.arrival_s,
+        }
+        for item in load.items
+    ]
+    is_read = load.share_of is not None
+    return {**load._asdict(), "items": None, "requests": requests, "is_read": is_read}
 
 
 class FlashInfer(NamedTuple):

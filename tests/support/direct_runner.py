@@ -140,6 +140,8 @@ class DirectRunner:
             self.runner.run_layers(forward, range(layer, layer + 1))
         self._logits = []
         self.runner.sample(forward)
+        if self.kv[0].is_cuda:  # elsewhere an event says when results may be read
+            torch.cuda.synchronize()
         forward.collect()
         for token, logits in zip(forward.sampled, self._logits, strict=False):
             self.logits[token.sequence - 100].append(logits)

@@ -17,7 +17,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pie_async.cuda.kernels.paged_attention import LOG2_E, LOWEST, NO_WINDOW, attend, first_seen
+from pie_async.cuda.kernels.paged_attention import (
+    LOG2_E,
+    LOWEST,
+    NO_WINDOW,
+    attend,
+    first_seen,
+    padded_dim,
+)
 
 _RECORD = tl.constexpr(8)
 """Numbers of a plan per program: row, KV head, tile, units left, share, position, lane, none."""
@@ -58,7 +65,7 @@ def decode_config(head_dim: int, dtype: torch.dtype) -> DecodeConfig:
 
     float32: by what fits, not measured.
     """
-    row_bytes = triton.next_power_of_2(head_dim) * dtype.itemsize
+    row_bytes = padded_dim(head_dim) * dtype.itemsize
     if row_bytes <= 256:
         return DecodeConfig(64 if row_bytes <= 128 else 32, 2, 4, 4)
     return DecodeConfig(32, 4, 3, 2) if row_bytes <= 512 else DecodeConfig(16, 4, 3, 2)
@@ -361,7 +368,7 @@ def decode_attention(
     """
     _, heads, head_dim = queries.shape
     _, _, kv_heads, block_tokens, _ = kv.shape
-    dim, members = triton.next_power_of_2(head_dim), triton.next_power_of_2(heads // kv_heads)
+    dim, members = padded_dim(head_dim), triton.next_power_of_2(heads // kv_heads)
     config = workspace.config
     _decode_kernel[(workspace.num_programs,)](
         queries,

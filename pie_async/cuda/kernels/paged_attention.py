@@ -16,6 +16,11 @@ LOWEST = tl.constexpr(-1.0e30)
 """Stands for minus infinity where differences are taken: those of infinities are NaN."""
 
 
+def padded_dim(head_dim: int) -> int:
+    """Columns of a tile: a power of two, as Triton wants, and no fewer than its products take."""
+    return max(16, int(triton.next_power_of_2(head_dim)))
+
+
 @triton.jit
 def first_seen(position, window, ALIGN: tl.constexpr):
     """The first token that this position sees, rounded down within its block."""

@@ -15,7 +15,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pie_async.cuda.kernels.paged_attention import LOG2_E, LOWEST, NO_WINDOW, attend, first_seen
+from pie_async.cuda.kernels.paged_attention import (
+    LOG2_E,
+    LOWEST,
+    NO_WINDOW,
+    attend,
+    first_seen,
+    padded_dim,
+)
 
 
 class PrefillConfig(NamedTuple):
@@ -49,7 +56,7 @@ def prefill_config(heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype)
 
     float32: by what fits, not measured.
     """
-    dim = triton.next_power_of_2(head_dim)
+    dim = padded_dim(head_dim)
     if dtype == torch.float32:  # no tensor cores: their float32 is not exact
         config = PrefillConfig(32, 32, 8, 2) if dim <= 128 else PrefillConfig(16, 16, 4, 2)
     else:
@@ -240,7 +247,7 @@ def prefill_attention(
         heads // kv_heads,
         block_tokens,
         head_dim,
-        triton.next_power_of_2(head_dim),
+        padded_dim(head_dim),
         min(block_tokens, config.tile_tokens),
         config.tile_rows,
         config.tile_tokens,
