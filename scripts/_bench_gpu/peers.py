@@ -9,7 +9,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +22,16 @@ _ARCHITECTURES = {
     "opt": "OPTForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
 }
+_VLLM_ENVIRONMENT = {
+    "DO_NOT_TRACK": "1",
+    "HF_HUB_OFFLINE": "1",
+    "TRANSFORMERS_OFFLINE": "1",
+    "VLLM_HOST_IP": "127.0.0.1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_PLUGINS": "",
+    "VLLM_USE_FLASHINFER_SAMPLER": "0",
+}
+"""Nothing is looked up on the network, nothing is compiled that needs a compiler."""
 Result = dict[str, Any]
 
 
@@ -30,22 +40,28 @@ class PeerFailed(Exception):
 
 
 def results_of(
-    script: Path, arguments: Sequence[str], *, packages: Path | None, seconds: float
+    script: Path,
+    arguments: Sequence[str],
+    *,
+    packages: Path | None,
+    seconds: float,
+    environment: Mapping[str, str] | None = None,
 ) -> list[Result]:
     """Run a peer's script and read its results.
 
     Args:
         packages: put in front of its PYTHONPATH.
+        environment: more of it.
 
     Raises:
         PeerFailed: it failed, took too long or printed no result.
     """
-    environment = dict(os.environ)
-    environment["PYTHONPATH"] = str(packages) if packages else ""
+    variables = {**os.environ, **(environment or {})}
+    variables["PYTHONPATH"] = str(packages) if packages else ""
     try:
         done = subprocess.run(
             [sys.executable, str(script), *arguments],
-            env=environment, capture_output=True, text=True, timeout=seconds, check=False,
+            env=variables, capture_output=True, text=True, timeout=seconds, check=False,
         )  # fmt: skip
     except subprocess.TimeoutExpired as late:
         # What it has printed so far counts.
@@ -103,9 +119,17 @@ class Vllm(NamedTuple):
             "enable_prefix_caching": False,
         }
         plan = self.scratch / "plan.json"
-        plan.write_text(json.dumps({"engine": engine, "loads": [_plain(load) for load in loads]}))
+        stand_ins = str(self.packages.parent / "fallback")
+        listed = [_plain(load) for load in loads]
+        plan.write_text(json.dumps({"engine": engine, "loads": listed, "stand_ins": stand_ins}))
         driver = Path(__file__).with_name("vllm_driver.py")
-        return results_of(driver, [str(plan)], packages=self.packages, seconds=self.seconds)
+        return results_of(
+            driver,
+            [str(plan)],
+            packages=self.packages,
+            seconds=self.seconds,
+            environment={**_VLLM_ENVIRONMENT, "VLLM_CACHE_ROOT": str(self.scratch / "cache")},
+        )
 
     def _model(self) -> Path:
         if self.model not in NAMED_SHAPES:
