@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
@@ -55,7 +56,12 @@ async def started(config: EngineConfig) -> AsyncIterator[Engine]:
         await engine.start(
             progress=lambda done, total: bar.update(task, completed=done, total=total)
         )
+    # What is loaded by now stays. Unless it is set aside, a full collection goes through all of
+    # it and stops the loop: 0.15 s, measured beside 256 running sequences.
+    gc.collect()
+    gc.freeze()
     try:
         yield engine
     finally:
+        gc.unfreeze()
         await engine.aclose()

@@ -43,6 +43,8 @@ class Runner(Protocol):
     def begin(self, command: RunIteration) -> Results: ...
     def run_layers(self, forward: Any, layers: range) -> None: ...
     def sample(self, forward: Any) -> None: ...
+    def close(self) -> None:
+        """Free what is not torch's to free; no iteration is left."""
 
 
 class CudaPass:
@@ -233,7 +235,6 @@ class CudaDevice:
             self._launcher.join()
         for waiter in self._waiters.values():
             waiter.close()
-        self._runner = None
         # A context that is lost refuses to free what is lost with it.
         with suppress(DeviceFault):
             self._free()
@@ -244,6 +245,9 @@ class CudaDevice:
             self._driver.synchronize_stream(stream.handle)
             # torch may still hold memory that it used on the compute stream.
             stream.close(is_kept=stream is self.compute)
+        if self._runner is not None:
+            self._runner.close()
+            self._runner = None
         self._host.close()
         self.arena.close()
         self._driver.close()

@@ -103,6 +103,10 @@ class FusedRunner:
         for bucket in reversed(buckets(self._largest)) if self._largest else ():
             self._program(bucket, GREEDY, is_staged=False)
 
+    def close(self) -> None:
+        """Free the graphs now: whenever a collection finds them, somebody else may be capturing."""
+        self._programs.clear()
+
     @torch.inference_mode()
     def profile(self, num_tokens: int) -> int:
         """Bytes that an iteration of so many tokens takes beside weights and KV."""

@@ -7,8 +7,9 @@ beginning, a piece per layer group, and the end.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+import gc
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -34,19 +35,32 @@ class Piece:
         """
         before = torch.cuda.memory_reserved()
         self._graph = torch.cuda.CUDAGraph()
-        # Other threads wait for events meanwhile; only this one's calls must be capturable.
-        self._graph.capture_begin(pool=pool, capture_error_mode="thread_local")
-        try:
-            work()
-        except BaseException:
-            with suppress(RuntimeError):  # the first error tells more
-                self._graph.capture_end()
-            raise
-        self._graph.capture_end()
+        with _no_collection():
+            # Other threads wait for events meanwhile; only this one's calls must be capturable.
+            self._graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+            try:
+                work()
+            except BaseException:
+                with suppress(RuntimeError):  # the first error tells more
+                    self._graph.capture_end()
+                raise
+            self._graph.capture_end()
         self.graph_bytes = torch.cuda.memory_reserved() - before
 
     def replay(self) -> None:
         self._graph.replay()
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """A collection might free another engine's graph, which is not allowed while capturing."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def capture(pieces: Iterable[Work], pool: Any) -> list[Piece]:

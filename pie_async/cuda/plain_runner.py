@@ -18,6 +18,9 @@ class PlainRunner(ModelRunner):
     def warm_up(self) -> None:
         """Nothing is compiled or captured."""
 
+    def close(self) -> None:
+        """All memory is torch's."""
+
     def profile(self, num_tokens: int) -> int:
         """See `ProfiledRunner`. Writes slot 0, so it is for an arena that nobody uses yet."""
         self._run(num_tokens)  # libraries keep what they allocate at first

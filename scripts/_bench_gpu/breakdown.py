@@ -21,7 +21,10 @@ _CLASSES = (
     ("norm, rope, activation", r"norm|rotate|rope|activat|silu|embed|cos_|sin_|gate"),
     ("sampling", r"_best_of|choose|sampl|argmax|softmax|topk|sort|noise|gumbel|_remember"),
     ("inputs", r"_update_kernel|_resolve_kernel|index"),
-    ("gemm", r"gemm|gemv|nvjet|cutlass|xmma|cublas|splitk|split_k|matmul|linear|_product"),
+    (
+        "gemm",
+        r"gemm|gemv|nvjet|cutlass|xmma|cublas|splitk|split_k|matmul|linear|_product|_rows_kernel|_split_kernel",
+    ),
 )
 _GPU_CATEGORIES = ("kernel", "gpu_memcpy", "gpu_memset")
 
