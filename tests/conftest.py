@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
+import torch
 import uvloop
 
 from pie_async.runtime.virtual_time import VirtualTimeLoop
+
+if not torch.cuda.is_available():
+    # Before any test imports a Triton kernel: without a GPU they are interpreted.
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 def pytest_runtest_setup(item):

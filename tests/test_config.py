@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from pie_async.assembly import default_limits
+from pie_async.assembly.sizing import default_limits
 from pie_async.config import GIB, KIB, MIB, EngineConfig, format_size, parse_size
 from pie_async.errors import ConfigError
 

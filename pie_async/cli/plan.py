@@ -6,18 +6,15 @@ from collections.abc import Iterator
 
 import msgspec
 
-from pie_async.assembly import (
+from pie_async.assembly.loading import read_model, refuse_quantization, served_name
+from pie_async.assembly.on_sim import SIM_MODEL, SIM_POSITIONS
+from pie_async.assembly.sizing import (
     FEWEST_DEVICE_SLOTS,
-    SIM_MODEL,
-    SIM_POSITIONS,
     compute_dtype,
     count_device_slots,
     count_host_slots,
     longest_sequence,
     model_layout,
-    read_model,
-    refuse_quantization,
-    served_name,
     sim_layout,
 )
 from pie_async.config import (

@@ -16,7 +16,8 @@ import torch
 import uvloop
 
 from pie_async import Engine, SamplingParams, __version__
-from pie_async.assembly import compute_dtype, read_model
+from pie_async.assembly.loading import read_model
+from pie_async.assembly.sizing import compute_dtype
 from scripts._bench_gpu.engine_rows import EngineRows
 from scripts._bench_gpu.kernel_rows import kernel_rows
 from scripts._bench_gpu.options import PEER_ROWS, Options, parse

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from pie_async.assembly import read_model
+from pie_async.assembly.loading import read_model
 from pie_async.config import EngineConfig
 from pie_async.device.cost_model import GPUS, LINKS, CostModel, ModelShape, Work
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import msgspec
 
-from pie_async.assembly import FEWEST_DEVICE_SLOTS
+from pie_async.assembly.sizing import FEWEST_DEVICE_SLOTS
 from pie_async.cli.plan import memory_plan
 from pie_async.config import BUILTIN_MODEL, EngineConfig
 from pie_async.model.checkpoint import resolve_model

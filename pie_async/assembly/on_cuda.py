@@ -1,0 +1,176 @@
+"""The CUDA device with a model on it: measured first, then given the memory that is left."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from pie_async.assembly.loading import (
+    Files,
+    Sizes,
+    load,
+    make_parts,
+    most_blocks,
+    read_files,
+    size_up,
+)
+from pie_async.assembly.parts import Limits, Parts, Progress
+from pie_async.assembly.sizing import (
+    count_device_slots,
+    count_host_slots,
+    default_limits,
+    model_layout,
+)
+from pie_async.config import EngineConfig
+from pie_async.core.layout import KvLayout
+from pie_async.core.token_budget import IterationCost, tokens_within
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from pie_async.cuda.card_memory import CardMemory
+    from pie_async.cuda.driver import Driver
+    from pie_async.cuda.fused_decoder import Product
+    from pie_async.cuda.fused_runner import FusedRunner
+    from pie_async.cuda.plain_runner import PlainRunner
+    from pie_async.model.decoder import Decoder
+
+_log = logging.getLogger(__name__)
+
+
+def assemble_cuda(config: EngineConfig, progress: Progress | None) -> Parts:
+    """See `assemble`."""
+    from pie_async.cuda.errors import require_cuda
+
+    require_cuda(config.quantization)  # before cuda-python is imported, which may be missing
+    import torch
+
+    from pie_async.cuda.card_memory import CardMemory
+    from pie_async.cuda.device import CudaDevice
+    from pie_async.cuda.driver import Driver
+
+    files = read_files(config)
+    dtype: torch.dtype = getattr(torch, files.dtype_name)
+    driver = Driver(torch.device("cuda"))
+    memory = CardMemory(driver, config.gpu_memory)
+    memory.require_weights(files.config.weight_bytes(dtype.itemsize), files.dtype_name)
+    limits = _cuda_limits(config, files, dtype, driver, memory)
+    decoder = load(config, files, dtype, driver.device, progress)
+    layout = model_layout(config, files.config, dtype.itemsize)
+    product = _tuned(config, limits, decoder)
+    device_slots = _cuda_slots(config, files, layout, dtype, decoder, memory, limits, product)
+    sizes = size_up(config, files, layout, device_slots)
+    device = CudaDevice(
+        driver,
+        layout,
+        device_slots=sizes.device_slots,
+        host_slots=sizes.host_slots,
+        dtype=dtype,
+        poisons=config.debug,
+    )
+    runner = _cuda_runner(config, limits, sizes, decoder, product, device.arena.layers)
+    device.load(runner)
+    memory.settle(runner)
+    parts = make_parts(config, files, sizes, limits, device)
+    return msgspec.structs.replace(parts, gpu_memory=lambda: memory.report(runner))
+
+
+def _cuda_limits(
+    config: EngineConfig, files: Files, dtype: torch.dtype, driver: Driver, memory: CardMemory
+) -> Limits:
+    """As configured, or with the token budget that the ITL target allows on this card."""
+    limits = default_limits(config)
+    if config.itl_target_s is None:
+        return limits
+    from pie_async.cuda.rates import measure_rates
+
+    model, rates = files.config, measure_rates(driver, dtype)
+    weight_bytes = model.weight_bytes(dtype.itemsize)
+    cost = IterationCost(
+        weight_bytes=weight_bytes,
+        # The arena is seldom full of what one iteration reads.
+        kv_bytes=max(0, memory.kv_room_bytes - weight_bytes) // 2,
+        flops_per_token=2.0 * model.num_parameters,
+        read_bytes_per_s=rates.read_bytes_per_s,
+        flops_per_s=rates.flops_per_s,
+    )
+    rows = limits.max_running_sequences
+    budget = tokens_within(config.itl_target_s, cost, decode_rows=rows)
+    _log.info("token budget for an ITL of %g s: %d", config.itl_target_s, budget)
+    return limits._replace(token_budget=budget)
+
+
+def _cuda_slots(
+    config: EngineConfig,
+    files: Files,
+    layout: KvLayout,
+    dtype: torch.dtype,
+    decoder: Decoder,
+    memory: CardMemory,
+    limits: Limits,
+    product: Product | None,
+) -> int:
+    """Slots of the arena: as configured, or what is left under the cap."""
+    wanted = None if config.device_kv_bytes is None else count_device_slots(config, layout)
+    host_slots = count_host_slots(config, layout)
+    longest = config.max_model_len or files.config.max_positions
+    profiled = Sizes(layout, 0, host_slots, longest, 0)
+    return memory.plan(
+        lambda layers: _cuda_runner(config, limits, profiled, decoder, product, layers),
+        layout,
+        dtype,
+        device_slots=wanted,
+        host_slots=host_slots,
+        token_budget=limits.token_budget,
+        decode_rows=limits.max_running_sequences,
+    ).device_slots
+
+
+def _tuned(config: EngineConfig, limits: Limits, decoder: Decoder) -> Product | None:
+    """The fastest products for this model on this card; None where torch's own are asked for."""
+    if config.kernels == "torch":
+        return None
+    from pie_async.cuda.graphs import buckets
+    from pie_async.cuda.tuning import Tuner
+
+    quantization = decoder.config.quantization
+    tuner = Tuner(quantizes_activations=quantization is None or quantization.quantizes_activations)
+    tuner.prepare(decoder.typical_weights, buckets(limits.max_running_sequences))
+    return tuner
+
+
+def _cuda_runner(
+    config: EngineConfig,
+    limits: Limits,
+    sizes: Sizes,
+    decoder: Decoder,
+    product: Product | None,
+    layers: Sequence[Tensor],
+) -> PlainRunner | FusedRunner:
+    from pie_async.cuda.plain_runner import PlainRunner
+
+    lanes, max_blocks = limits.max_running_sequences, most_blocks(sizes)
+    if product is None:
+        return PlainRunner(
+            decoder,
+            layers,
+            lanes=lanes,
+            max_blocks=max_blocks,
+            block_tokens=config.block_tokens,
+        )
+    from pie_async.cuda.fused_runner import FusedRunner
+
+    return FusedRunner(
+        decoder,
+        layers,
+        sizes.layout,
+        lanes=lanes,
+        max_blocks=max_blocks,
+        max_tokens=limits.token_budget,
+        product=product,
+        uses_graphs=config.cuda_graphs,
+    )

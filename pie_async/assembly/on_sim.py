@@ -1,0 +1,58 @@
+"""The simulated device: no weights, a named shape's costs."""
+
+from __future__ import annotations
+
+from pie_async.assembly.byte_tokenizer import ByteTokenizer
+from pie_async.assembly.loading import refuse_quantization
+from pie_async.assembly.parts import Parts
+from pie_async.assembly.sizing import (
+    count_device_slots,
+    count_host_slots,
+    default_limits,
+    longest_sequence,
+    sim_layout,
+)
+from pie_async.config import BUILTIN_MODEL, EngineConfig
+from pie_async.device.cost_model import CostModel, gpu_named, link_named, shape_named
+from pie_async.device.protocol import MemoryPlan
+from pie_async.device.sim import SimDevice
+from pie_async.model_info import ModelInfo
+
+SIM_MODEL = "llama-3.1-8b"
+"""The shape that stands for "builtin" on the simulated device."""
+SIM_POSITIONS = 131_072
+
+
+def assemble_sim(config: EngineConfig) -> Parts:
+    """See `assemble`."""
+    refuse_quantization(config)
+    name = SIM_MODEL if config.model == BUILTIN_MODEL else config.model
+    shape = shape_named(name)
+    layout = sim_layout(config, shape)
+    device_slots = count_device_slots(config, layout)
+    host_slots = count_host_slots(config, layout)
+    memory = MemoryPlan(
+        layout=layout,
+        device_slots=device_slots,
+        first_staging_slot=device_slots,
+        staging_slots=host_slots,
+        host_slots=host_slots,
+    )
+    cost = CostModel(gpu=gpu_named(config.sim_gpu), link=link_named(config.sim_link), shape=shape)
+    info = ModelInfo(
+        name=name,
+        family="simulated",
+        dtype="bfloat16",
+        vocab_size=shape.vocab_size,
+        max_model_len=longest_sequence(config, layout, SIM_POSITIONS, device_slots + host_slots),
+        num_parameters=shape.weight_bytes // shape.weight_item_bytes,
+        weight_bytes=shape.weight_bytes,
+    )
+    device = SimDevice(memory=memory, cost=cost, seed=config.seed, checked=config.debug)
+    return Parts(
+        device=device,
+        tokenizer=ByteTokenizer(shape.vocab_size),
+        model=info,
+        eos_ids=frozenset(),
+        limits=default_limits(config),
+    )

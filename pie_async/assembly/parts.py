@@ -1,0 +1,53 @@
+"""What an engine is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple, Protocol
+
+import msgspec
+
+from pie_async.cuda.memory_budget import GpuMemory
+from pie_async.device.protocol import Device
+from pie_async.model_info import ModelInfo
+from pie_async.request_stream import TextDecoder
+
+Progress = Callable[[int, int], None]
+"""Told (bytes loaded, bytes in all)."""
+
+ChatMessage = Mapping[str, str]
+
+
+class Tokenizer(Protocol):
+    """What the engine asks of a tokenizer (`model/tokenizer.py`)."""
+
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def eos_ids(self) -> tuple[int, ...]: ...
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]: ...
+    def encode_chat(self, messages: Sequence[ChatMessage]) -> list[int]: ...
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str: ...
+    def token_text(self, token: int) -> str: ...
+    def detokenizer(
+        self, prompt_tokens: Sequence[int], *, skip_special_tokens: bool = True
+    ) -> TextDecoder: ...
+
+
+class Limits(NamedTuple):
+    """What an iteration may hold at most."""
+
+    token_budget: int
+    max_running_sequences: int
+
+
+class Parts(msgspec.Struct, frozen=True, kw_only=True):
+    """A loaded model on a device that is not started yet."""
+
+    device: Device
+    tokenizer: Tokenizer
+    model: ModelInfo
+    eos_ids: frozenset[int]
+    limits: Limits
+    gpu_memory: Callable[[], GpuMemory] | None = None
+    """Where the card's memory is, as of the call; None without a card."""

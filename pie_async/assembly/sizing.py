@@ -1,0 +1,144 @@
+"""How much of everything there will be, from configuration and model shape alone."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+from pie_async.assembly.parts import Limits
+from pie_async.config import DEVICE_KV_BYTES, EngineConfig, format_size
+from pie_async.core.layout import KvLayout
+from pie_async.core.token_budget import UNLIMITED_TOKENS
+from pie_async.errors import ConfigError
+
+if TYPE_CHECKING:
+    from pie_async.device.cost_model import ModelShape
+
+FEWEST_DEVICE_SLOTS = 4
+"""A tail block being written, the next one, and two on their way out."""
+CPU_LAYER_GROUPS = 3
+"""Layer groups that the CPU device stages one after the other, unless configured."""
+SPARE_SLOTS = 3
+"""Slots that one sequence alone cannot fill: its next block, and copies under way."""
+
+
+def default_limits(config: EngineConfig) -> Limits:
+    """What an iteration may hold: as configured, else what suits the device.
+
+    An ITL target comes on top: it needs the card's measured rates.
+    """
+    is_gpu = config.device == "cuda"
+    return Limits(
+        token_budget=config.token_budget or (UNLIMITED_TOKENS if is_gpu else 512),
+        max_running_sequences=config.max_running_sequences or (256 if is_gpu else 64),
+    )
+
+
+def compute_dtype(config: EngineConfig, model_dtype: str) -> str:
+    """What the model computes in: as configured, else what suits the device."""
+    if config.dtype != "auto":
+        return config.dtype
+    return model_dtype if config.device == "cuda" else "float32"
+
+
+class _KvShape(Protocol):
+    """The part of a model's sizes on which its KV depends."""
+
+    @property
+    def num_layers(self) -> int: ...
+    @property
+    def kv_heads(self) -> int: ...
+    @property
+    def head_dim(self) -> int: ...
+
+
+def model_layout(config: EngineConfig, shape: _KvShape, item_bytes: int) -> KvLayout:
+    """KV on the CPU and on a GPU.
+
+    Unless configured, a GPU stages layer by layer, and the CPU a few groups of several layers:
+    handing one over between threads costs as much as computing a small layer.
+    """
+    if config.device == "cuda":
+        return _layout(config, shape, item_bytes, layer_group=1, ring_depth=3)
+    group = -(-shape.num_layers // CPU_LAYER_GROUPS)
+    return _layout(config, shape, item_bytes, layer_group=group, ring_depth=2)
+
+
+def _layout(
+    config: EngineConfig, shape: _KvShape, item_bytes: int, *, layer_group: int, ring_depth: int
+) -> KvLayout:
+    return KvLayout(
+        num_layers=shape.num_layers,
+        block_tokens=config.block_tokens,
+        kv_heads=shape.kv_heads,
+        head_dim=shape.head_dim,
+        item_bytes=item_bytes,
+        layer_group=min(config.layer_group or layer_group, shape.num_layers),
+        ring_depth=config.ring_depth or ring_depth,
+    )
+
+
+def count_device_slots(config: EngineConfig, layout: KvLayout) -> int:
+    """Slots of a device arena whose size is set, or the default's.
+
+    Raises:
+        ConfigError: it holds too few blocks to run anything.
+    """
+    arena_bytes = config.device_kv_bytes or DEVICE_KV_BYTES
+    device_slots = arena_bytes // layout.block_bytes
+    if device_slots < FEWEST_DEVICE_SLOTS:
+        least = FEWEST_DEVICE_SLOTS * layout.block_bytes
+        raise ConfigError(
+            f"device_kv_bytes is {format_size(arena_bytes)}, which holds "
+            f"{device_slots} KV blocks of {format_size(layout.block_bytes)}; "
+            f"give it at least {format_size(least)} or lower block_tokens",
+            option="device_kv_bytes",
+        )
+    return device_slots
+
+
+def count_host_slots(config: EngineConfig, layout: KvLayout) -> int:
+    """Slots of the host pool.
+
+    Raises:
+        ConfigError: it is less than one block.
+    """
+    host_slots = config.host_pool_bytes // layout.block_bytes
+    if config.host_pool_bytes and not host_slots:
+        raise ConfigError(
+            f"host_pool_bytes is {format_size(config.host_pool_bytes)}, less than one KV block "
+            f"of {format_size(layout.block_bytes)}; raise it, or set it to 0 to switch pooling off",
+            option="host_pool_bytes",
+        )
+    return host_slots
+
+
+def longest_sequence(config: EngineConfig, layout: KvLayout, max_positions: int, slots: int) -> int:
+    """Most tokens a sequence may have: the model's limit, and what both memories hold.
+
+    Args:
+        slots: of device arena and host pool together.
+
+    Raises:
+        ConfigError: `max_model_len` asks for more than either allows.
+    """
+    fits = (slots - SPARE_SLOTS) * layout.block_tokens
+    wanted = config.max_model_len
+    if wanted is None:
+        return min(max_positions, fits)
+    if wanted > max_positions:
+        raise ConfigError(
+            f"max_model_len {wanted} is more than the model's {max_positions} positions",
+            option="max_model_len",
+        )
+    if wanted > fits:
+        raise ConfigError(
+            f"max_model_len {wanted} does not fit: device and host pool together hold "
+            f"{fits} tokens; raise host_pool_bytes or device_kv_bytes",
+            option="max_model_len",
+        )
+    return wanted
+
+
+def sim_layout(config: EngineConfig, shape: ModelShape) -> KvLayout:
+    """KV on the simulated device; layer by layer, unless configured."""
+    return _layout(config, shape, shape.kv_item_bytes, layer_group=1, ring_depth=3)
