@@ -27,6 +27,7 @@ from pie_async.assembly.sizing import (
 from pie_async.config import EngineConfig
 from pie_async.core.layout import KvLayout
 from pie_async.core.token_budget import IterationCost, tokens_within
+from pie_async.errors import ConfigError
 
 if TYPE_CHECKING:
     import torch
@@ -37,9 +38,12 @@ if TYPE_CHECKING:
     from pie_async.cuda.fused_decoder import Product
     from pie_async.cuda.fused_runner import FusedRunner
     from pie_async.cuda.plain_runner import PlainRunner
+    from pie_async.model.config import ModelConfig
     from pie_async.model.decoder import Decoder
 
 _log = logging.getLogger(__name__)
+
+LARGEST_HEAD_DIM = 256
 
 
 def assemble_cuda(config: EngineConfig, progress: Progress | None) -> Parts:
@@ -54,6 +58,8 @@ def assemble_cuda(config: EngineConfig, progress: Progress | None) -> Parts:
     from pie_async.cuda.driver import Driver
 
     files = read_files(config)
+    require_cuda("fp8" if files.config.quantization else None)  # the checkpoint's own
+    check_kernels(config, files.config)
     dtype: torch.dtype = getattr(torch, files.dtype_name)
     driver = Driver(torch.device("cuda"))
     memory = CardMemory(driver, config.gpu_memory)
@@ -77,6 +83,28 @@ def assemble_cuda(config: EngineConfig, progress: Progress | None) -> Parts:
     memory.settle(runner)
     parts = make_parts(config, files, sizes, limits, device)
     return msgspec.structs.replace(parts, gpu_memory=lambda: memory.report(runner))
+
+
+def check_kernels(config: EngineConfig, model: ModelConfig) -> None:
+    """Refuse what the Triton kernels cannot do before anything is loaded.
+
+    Raises:
+        ConfigError: names the option.
+    """
+    if config.kernels != "triton":
+        return
+    if config.block_tokens & (config.block_tokens - 1):
+        raise ConfigError(
+            f"block_tokens must be a power of two on the GPU, not {config.block_tokens}; "
+            "or use kernels torch, which is slow",
+            option="block_tokens",
+        )
+    if model.head_dim > LARGEST_HEAD_DIM:
+        raise ConfigError(
+            f"heads of {model.head_dim} are too large for the attention kernels, which take up to "
+            f"{LARGEST_HEAD_DIM}; use kernels torch, which is slow",
+            option="kernels",
+        )
 
 
 def _cuda_limits(

@@ -5,9 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pie_async import LLM
+from pie_async import LLM, EngineConfig
+from pie_async.assembly.on_cuda import check_kernels
 from pie_async.cuda import errors
 from pie_async.errors import ConfigError
+from pie_async.model.config import config_of
+from pie_async.model.named_shapes import NAMED_SHAPES
 
 pytestmark = pytest.mark.realtime
 
@@ -92,3 +95,18 @@ def test_quantization_without_a_gpu_is_refused(device):
     with pytest.raises(ConfigError, match=f"fp8 needs device cuda, not {device}") as caught:
         LLM(device=device, quantization="fp8")
     assert caught.value.option == "quantization"
+
+
+@pytest.mark.parametrize(
+    ("shape", "options", "option", "match"),
+    [
+        ({}, {"block_tokens": 24}, "block_tokens", "power of two on the GPU, not 24"),
+        ({"head_dim": 320}, {}, "kernels", "heads of 320 are too large"),
+    ],
+)
+def test_what_the_kernels_cannot_do_is_said_before_loading(shape, options, option, match):
+    model = config_of({**NAMED_SHAPES["llama-3.1-8b"], **shape}, "a model")
+    with pytest.raises(ConfigError, match=match) as caught:
+        check_kernels(EngineConfig(device="cuda", **options), model)
+    assert caught.value.option == option
+    check_kernels(EngineConfig(device="cuda", kernels="torch", **options), model)

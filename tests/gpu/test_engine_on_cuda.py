@@ -77,7 +77,7 @@ def driver(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
         module = types.ModuleType("pie_async.cuda.driver")
         module.Driver = lambda device: FakeDriver(link_bytes_per_s=2e9)
         monkeypatch.setitem(sys.modules, module.__name__, module)
-        monkeypatch.setattr(errors, "require_cuda", lambda quantization: None)
+        monkeypatch.setattr(errors, "require_cuda", lambda quantization=None: None)
         monkeypatch.setitem(MORE, "kernels", "torch")
     return request.param
 

@@ -45,7 +45,7 @@ class DecodeConfig(NamedTuple):
 
 
 def decode_config(head_dim: int, dtype: torch.dtype) -> DecodeConfig:
-    """What is fastest on an H200.
+    """What is fastest on an H200; `scripts/bench_kernels attention --sweep` measures it anew.
 
     bfloat16, 32 heads, 8 KV heads, head_dim 128, block_tokens 16, in us, graph replays over KV
     that the L2 does not hold, by rows x context:

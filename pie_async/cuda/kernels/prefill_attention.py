@@ -37,7 +37,7 @@ class PrefillConfig(NamedTuple):
 
 
 def prefill_config(heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> PrefillConfig:
-    """What is fastest on an H200.
+    """What is fastest on an H200; `scripts/bench_kernels attention --sweep` measures it anew.
 
     bfloat16, head_dim 128, block_tokens 16, in TFLOP/s of the causal half; 32 heads and 8 KV
     heads, but 40 of both in the last column:

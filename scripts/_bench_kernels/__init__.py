@@ -1,0 +1,1 @@
+"""Kernels alone: measures anew what the configuration tables beside them say."""
