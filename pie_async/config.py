@@ -55,6 +55,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     everything else leaves under `gpu_memory`."""
     host_pool_bytes: int = 1 * GIB
     """Ceiling of the host pool; 0 switches pooling off (preemption recomputes)."""
+    max_streamed_bytes: int | None = None
+    """CUDA device: most KV that one iteration may stream. The staging ring takes its share of it,
+    `ring_depth` layer groups of all. None: 2 GiB, or what `max_model_len` needs if that is set."""
     block_tokens: int = 16
     max_model_len: int | None = None
     """Longest prompt plus output; None: what the model and the memory can hold."""
@@ -97,6 +100,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         _at_least("host_pool_bytes", self.host_pool_bytes, 0)
         for name, least in (
             ("device_kv_bytes", 1),
+            ("max_streamed_bytes", 1),
             ("max_running_sequences", 1),
             ("token_budget", 1),
             ("layer_group", 1),

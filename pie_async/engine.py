@@ -14,8 +14,10 @@ import msgspec
 
 from pie_async.assembly import Parts, Progress, Tokenizer, assemble
 from pie_async.config import EngineConfig
+from pie_async.core.layout import KvLayout
 from pie_async.cuda.memory_budget import GpuMemory
 from pie_async.errors import (
+    ConfigError,
     EngineStopped,
     InvalidRequest,
     MailboxClosed,
@@ -24,7 +26,7 @@ from pie_async.errors import (
 )
 from pie_async.ids import RequestId, SequenceId
 from pie_async.intake import Intake, Prompt, check_cache_salt
-from pie_async.messages import Cancel, Drain, Submit
+from pie_async.messages import Cancel, Drain, SetStreamedLimit, Submit
 from pie_async.metrics import EngineStats
 from pie_async.model_info import ModelInfo
 from pie_async.outputs import RequestOutput
@@ -248,6 +250,32 @@ class Engine:
         """
         return await self._intake().tokenize(prompt)
 
+    async def fix_streaming(self, limit_blocks: int, *, least_blocks: int = 0) -> None:
+        """Say, for measurements, how many blocks are streamed from now on.
+
+        Args:
+            limit_blocks: that may be.
+            least_blocks: that are, even where everything fits, as soon as so many are sealed.
+
+        Raises:
+            ConfigError: the governor decides (`streamed_blocks` was not given), the pool or the
+                staging ring is too small, or `least_blocks` is above the limit.
+            EngineStopped: not running.
+        """
+        actors = self._running_actors()
+        most = 0 if self.config.streamed_blocks is None else actors.most_streamed
+        if not 0 <= least_blocks <= limit_blocks <= most:
+            raise ConfigError(
+                f"streamed blocks cannot be fixed to {least_blocks} .. {limit_blocks}: with "
+                f"streamed_blocks {self.config.streamed_blocks} it can be 0 .. {most}",
+                option="streamed_blocks",
+            )
+        await actors.scheduler.mailbox.send(
+            SetStreamedLimit(
+                limit_blocks=limit_blocks, least_blocks=least_blocks, reason="fixed by the caller"
+            )
+        )
+
     def _open_stream(
         self, name: str, prompt: Prompt, tokens: tuple[int, ...], params: SamplingParams
     ) -> RequestStream:
@@ -301,6 +329,11 @@ class Engine:
     @property
     def tokenizer(self) -> Tokenizer:
         return self._loaded().tokenizer
+
+    @property
+    def layout(self) -> KvLayout:
+        """How KV is cut into blocks and layers."""
+        return self._loaded().device.memory.layout
 
     def stats(self) -> EngineStats:
         """A snapshot of counts, memory and times."""

@@ -191,6 +191,8 @@ class SetStreamedLimit(Message, frozen=True, kw_only=True):
     """Command: at most this many blocks may be streamed; why, for the log."""
 
     limit_blocks: int
+    least_blocks: int = 0
+    """Stream so many even where everything fits: for measurements."""
     reason: str
 
 

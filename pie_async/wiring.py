@@ -54,10 +54,10 @@ class Actors:
         swap_out = SwapOutActor(launcher, to_scheduler, observer=observer)
         actors: list[Actor[Any]] = [self.delivery, self.scheduler, compute, swap_in, swap_out]
         governor = None
-        most_streamed = _most_streamed(parts)
-        if config.streamed_blocks is None and most_streamed:
+        self.most_streamed = _most_streamed(parts)
+        if config.streamed_blocks is None and self.most_streamed:
             block_bytes = parts.device.memory.layout.block_bytes
-            headroom = Expansion(block_bytes=block_bytes, most_blocks=most_streamed)
+            headroom = Expansion(block_bytes=block_bytes, most_blocks=self.most_streamed)
             governor = ExpansionGovernorActor(headroom, to_scheduler, observer=observer)
             actors.append(governor)
         self.scheduler.connect(

@@ -6,7 +6,12 @@ import math
 
 import pytest
 
-from pie_async.assembly.sizing import default_limits
+from pie_async.assembly.sizing import (
+    MAX_STREAMED_BYTES,
+    count_staging_slots,
+    default_limits,
+    model_layout,
+)
 from pie_async.config import GIB, KIB, MIB, EngineConfig, format_size, parse_size
 from pie_async.errors import ConfigError
 
@@ -21,6 +26,7 @@ def test_the_defaults_are_valid_and_frozen():
     ("option", "value"),
     [
         ("device_kv_bytes", 0),
+        ("max_streamed_bytes", 0),
         ("host_pool_bytes", -1),
         ("block_tokens", 0),
         ("max_running_sequences", 0),
@@ -148,3 +154,41 @@ def test_limits_suit_the_device_unless_they_are_set(device, limits):
     assert default_limits(EngineConfig(device=device)) == limits
     given = EngineConfig(device=device, token_budget=100, max_running_sequences=7)
     assert default_limits(given) == (100, 7)
+
+
+class TestStagingSlots:
+    """How many blocks one iteration on a GPU may stream."""
+
+    class Shape:
+        num_layers, kv_heads, head_dim = 32, 8, 128
+
+    BLOCK_BYTES = 2 * MIB
+
+    def count(self, host_slots=10_000, **options):
+        config = EngineConfig(device="cuda", **options)
+        layout = model_layout(config, self.Shape, 2)
+        assert layout.block_bytes == self.BLOCK_BYTES
+        return count_staging_slots(config, layout, host_slots)
+
+    def test_the_default_is_what_a_link_moves_in_an_iteration(self):
+        assert self.count() == MAX_STREAMED_BYTES // self.BLOCK_BYTES
+
+    def test_no_more_than_the_pool_has(self):
+        assert self.count(host_slots=3) == 3
+        assert self.count(host_slots=0) == 0
+
+    def test_a_size_that_is_set_counts(self):
+        assert self.count(max_streamed_bytes=10 * self.BLOCK_BYTES + 5) == 10
+
+    def test_a_context_that_is_set_fits_beside_the_arena(self):
+        longest = 16 * 4000
+        slots = self.count(device_kv_bytes=1000 * self.BLOCK_BYTES, max_model_len=longest)
+        assert slots == 4000 + 3 - 1000
+
+    def test_less_than_a_block_is_refused_by_name(self):
+        with pytest.raises(ConfigError, match=r"max_streamed_bytes is .* less than one KV block"):
+            self.count(max_streamed_bytes=self.BLOCK_BYTES - 1)
+
+    def test_the_gpu_stages_in_eight_groups_and_two_are_in_the_ring(self):
+        layout = model_layout(EngineConfig(device="cuda"), self.Shape, 2)
+        assert (layout.num_groups, layout.ring_layers) == (8, 8)

@@ -113,6 +113,7 @@ class SchedulerActor(Actor[SchedulerMail]):
                 self._add(h2d_bytes=mail.swapped_bytes, h2d_busy_s=mail.busy_s)
             case SetStreamedLimit():
                 schedule.streamed_limit = mail.limit_blocks
+                schedule.least_streamed = mail.least_blocks
                 self._totals = msgspec.structs.replace(self._totals, governor_reason=mail.reason)
             case Drain():
                 self._is_draining = True

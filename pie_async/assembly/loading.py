@@ -39,6 +39,7 @@ class Sizes(NamedTuple):
     layout: KvLayout
     device_slots: int
     host_slots: int
+    staging_slots: int
     max_model_len: int
     weight_bytes: int
 
@@ -110,14 +111,28 @@ def load(
     return load_model(files.path, files.config, dtype, device, progress=progress)
 
 
-def size_up(config: EngineConfig, files: Files, layout: KvLayout, device_slots: int) -> Sizes:
+def size_up(
+    config: EngineConfig,
+    files: Files,
+    layout: KvLayout,
+    device_slots: int,
+    *,
+    staging_slots: int | None = None,
+) -> Sizes:
+    """Sizes that follow from the configuration and the arena.
+
+    Args:
+        staging_slots: None: as many as the host pool has.
+    """
     host_slots = count_host_slots(config, layout)
+    staging_slots = host_slots if staging_slots is None else staging_slots
     return Sizes(
         layout=layout,
         device_slots=device_slots,
         host_slots=host_slots,
+        staging_slots=staging_slots,
         max_model_len=longest_sequence(
-            config, layout, files.config.max_positions, device_slots + host_slots
+            config, layout, files.config.max_positions, device_slots + staging_slots
         ),
         weight_bytes=files.config.weight_bytes(layout.item_bytes),
     )

@@ -21,6 +21,7 @@ from pie_async.assembly.parts import Limits, Parts, Progress
 from pie_async.assembly.sizing import (
     count_device_slots,
     count_host_slots,
+    count_staging_slots,
     default_limits,
     model_layout,
 )
@@ -68,13 +69,17 @@ def assemble_cuda(config: EngineConfig, progress: Progress | None) -> Parts:
     decoder = load(config, files, dtype, driver.device, progress)
     layout = model_layout(config, files.config, dtype.itemsize)
     product = _tuned(config, limits, decoder)
-    device_slots = _cuda_slots(config, files, layout, dtype, decoder, memory, limits, product)
-    sizes = size_up(config, files, layout, device_slots)
+    staging_slots = count_staging_slots(config, layout, count_host_slots(config, layout))
+    device_slots = _cuda_slots(
+        config, files, layout, dtype, decoder, memory, limits, product, staging_slots
+    )
+    sizes = size_up(config, files, layout, device_slots, staging_slots=staging_slots)
     device = CudaDevice(
         driver,
         layout,
         device_slots=sizes.device_slots,
         host_slots=sizes.host_slots,
+        staging_slots=sizes.staging_slots,
         dtype=dtype,
         poisons=config.debug,
     )
@@ -141,18 +146,18 @@ def _cuda_slots(
     memory: CardMemory,
     limits: Limits,
     product: Product | None,
+    staging_slots: int,
 ) -> int:
     """Slots of the arena: as configured, or what is left under the cap."""
     wanted = None if config.device_kv_bytes is None else count_device_slots(config, layout)
-    host_slots = count_host_slots(config, layout)
     longest = config.max_model_len or files.config.max_positions
-    profiled = Sizes(layout, 0, host_slots, longest, 0)
+    profiled = Sizes(layout, 0, 0, staging_slots, longest, 0)
     return memory.plan(
         lambda layers: _cuda_runner(config, limits, profiled, decoder, product, layers),
         layout,
         dtype,
         device_slots=wanted,
-        host_slots=host_slots,
+        staging_slots=staging_slots,
         token_budget=limits.token_budget,
         decode_rows=limits.max_running_sequences,
     ).device_slots

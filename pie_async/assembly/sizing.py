@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Protocol
 
 from pie_async.assembly.parts import Limits
-from pie_async.config import DEVICE_KV_BYTES, EngineConfig, format_size
+from pie_async.config import DEVICE_KV_BYTES, GIB, EngineConfig, format_size
 from pie_async.core.layout import KvLayout
 from pie_async.core.token_budget import UNLIMITED_TOKENS
 from pie_async.errors import ConfigError
@@ -17,6 +17,11 @@ FEWEST_DEVICE_SLOTS = 4
 """A tail block being written, the next one, and two on their way out."""
 CPU_LAYER_GROUPS = 3
 """Layer groups that the CPU device stages one after the other, unless configured."""
+GPU_LAYER_GROUPS = 8
+"""Layer groups on a GPU, unless configured. Fewer make the staging ring larger; more cost time:
+every one is a graph and two waits."""
+MAX_STREAMED_BYTES = 2 * GIB
+"""What PCIe 5 moves in 40 ms: more than hides behind the iterations of most loads."""
 SPARE_SLOTS = 3
 """Slots that one sequence alone cannot fill: its next block, and copies under way."""
 
@@ -54,12 +59,11 @@ class _KvShape(Protocol):
 def model_layout(config: EngineConfig, shape: _KvShape, item_bytes: int) -> KvLayout:
     """KV on the CPU and on a GPU.
 
-    Unless configured, a GPU stages layer by layer, and the CPU a few groups of several layers:
-    handing one over between threads costs as much as computing a small layer.
+    Unless configured, layers are staged in a few groups: handing one over between threads costs
+    the CPU as much as computing a small layer.
     """
-    if config.device == "cuda":
-        return _layout(config, shape, item_bytes, layer_group=1, ring_depth=3)
-    group = -(-shape.num_layers // CPU_LAYER_GROUPS)
+    groups = GPU_LAYER_GROUPS if config.device == "cuda" else CPU_LAYER_GROUPS
+    group = -(-shape.num_layers // groups)
     return _layout(config, shape, item_bytes, layer_group=group, ring_depth=2)
 
 
@@ -112,11 +116,34 @@ def count_host_slots(config: EngineConfig, layout: KvLayout) -> int:
     return host_slots
 
 
+def count_staging_slots(config: EngineConfig, layout: KvLayout, host_slots: int) -> int:
+    """Blocks that one iteration on a GPU may stream.
+
+    Raises:
+        ConfigError: less than one block.
+    """
+    if config.max_streamed_bytes is not None:
+        slots = config.max_streamed_bytes // layout.block_bytes
+        if host_slots and not slots:
+            raise ConfigError(
+                f"max_streamed_bytes is {format_size(config.max_streamed_bytes)}, less than one "
+                f"KV block of {format_size(layout.block_bytes)}; raise it, or set host_pool_bytes "
+                "to 0 to switch pooling off",
+                option="max_streamed_bytes",
+            )
+        return min(host_slots, slots)
+    slots = max(1, MAX_STREAMED_BYTES // layout.block_bytes)
+    if config.max_model_len is not None and config.device_kv_bytes is not None:
+        longest = layout.blocks_for(config.max_model_len) + SPARE_SLOTS
+        slots = max(slots, longest - count_device_slots(config, layout))
+    return min(host_slots, slots)
+
+
 def longest_sequence(config: EngineConfig, layout: KvLayout, max_positions: int, slots: int) -> int:
     """Most tokens a sequence may have: the model's limit, and what both memories hold.
 
     Args:
-        slots: of device arena and host pool together.
+        slots: of the device arena, and of the host pool those that one iteration can stream.
 
     Raises:
         ConfigError: `max_model_len` asks for more than either allows.
@@ -133,7 +160,8 @@ def longest_sequence(config: EngineConfig, layout: KvLayout, max_positions: int,
     if wanted > fits:
         raise ConfigError(
             f"max_model_len {wanted} does not fit: device and host pool together hold "
-            f"{fits} tokens; raise host_pool_bytes or device_kv_bytes",
+            f"{fits} tokens of one sequence; raise host_pool_bytes or device_kv_bytes, or on a "
+            "GPU max_streamed_bytes",
             option="max_model_len",
         )
     return wanted

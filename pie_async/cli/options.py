@@ -132,6 +132,10 @@ FLAGS: dict[str, _Flag] = {
         "--host-pool", size, "SIZE", "Ceiling of the host pool; 0 switches pooling off.",
         format_size(_DEFAULTS.host_pool_bytes), _MEMORY,
     ),
+    "max_streamed_bytes": _Flag(
+        "--max-streamed", size, "SIZE", "Most KV that an iteration may stream (cuda).",
+        "2GiB, or what --max-model-len needs", _MEMORY,
+    ),
     "streamed_blocks": _Flag(
         "--streamed-blocks", count, "N", "Fix how many blocks may be streamed.",
         "the governor decides", _MEMORY,

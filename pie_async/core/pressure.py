@@ -69,6 +69,7 @@ def relieve(schedule: Schedule, next_chunk_blocks: int) -> tuple[list[BlockMove]
     wanted = growth + next_chunk_blocks
     wanted += _resume_blocks(schedule) if schedule.parked else _admission_blocks(schedule)
     shortage = wanted - residency.free_device - residency.coming_device
+    shortage = max(shortage, schedule.least_streamed - residency.num_streamed)
     swap_out = _demote(schedule, shortage) if shortage > 0 else []
     if shortage > 0 and residency.host.num_free < shortage:
         residency.reclaim_host(shortage)
@@ -260,7 +261,8 @@ def _promote_streamed(schedule: Schedule, spare: int) -> list[BlockMove]:
     """Bring streamed blocks home while nobody waits for the room."""
     residency = schedule.residency
     moves: list[BlockMove] = []
-    most = min(spare, MOST_PROMOTIONS_PER_ITERATION)
+    surplus = schedule.residency.num_streamed - schedule.least_streamed
+    most = min(spare, surplus, MOST_PROMOTIONS_PER_ITERATION)
     if most <= 0 or not residency.streamed:
         return moves
     newest_first = reversed(residency.streamed.values())

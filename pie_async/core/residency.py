@@ -235,17 +235,18 @@ class ResidencyMap:
         `finish_demote` the block stays readable in its device slot. The caller has checked
         `can_demote`.
         """
+        is_clean = block.is_clean
+        if not is_clean:
+            block.host_slot = self._take_host(is_streamed=is_streamed)
         if is_streamed and block.staging_slot is None:
             self._stage(block)
-        if block.is_clean:
+        if is_clean:
             self._leave_device(block)
             return None
-        host_slot = self._take_host()
-        assert host_slot is not None and block.device_slot is not None
-        block.host_slot = host_slot
+        assert block.host_slot is not None and block.device_slot is not None
         block.move = "out"
         self.moving_out += 1
-        return BlockMove(block.id, block.device_slot, host_slot)
+        return BlockMove(block.id, block.device_slot, block.host_slot)
 
     def can_demote(self, block: Block, *, is_streamed: bool) -> bool:
         if block.move is not None or not block.is_resident:
@@ -314,7 +315,10 @@ class ResidencyMap:
         self._unstage(block)
 
     def _stage(self, block: Block) -> None:
-        slot = self.staging.take()
+        """If it is free, into the staging slot of its host slot's number: neighbours in the
+        pool are then neighbours in the ring, and one copy."""
+        assert block.host_slot is not None
+        slot = self.staging.take(preferred=self.staging.first + block.host_slot)
         assert slot is not None
         block.staging_slot = DeviceSlot(slot)
         self.streamed[block.id] = block
@@ -330,12 +334,14 @@ class ResidencyMap:
     def _can_take_host(self) -> bool:
         return self.host.num_free > 0 or bool(self.clean_resident and self._read_until is None)
 
-    def _take_host(self) -> HostSlot | None:
-        slot = self.host.take()
-        if slot is None and self.clean_resident:
+    def _take_host(self, *, is_streamed: bool) -> HostSlot:
+        """A slot at the low end of the pool for what every iteration copies, at the high end
+        for what only waits there. The caller has checked that there is one."""
+        if self.host.num_free == 0:
             self._drop_copy(next(iter(self.clean_resident.values())))
-            slot = self.host.take()
-        return None if slot is None else HostSlot(slot)
+        slot = self.host.take(is_highest=not is_streamed)
+        assert slot is not None
+        return HostSlot(slot)
 
     def reclaim_host(self, wanted: int) -> None:
         """Drop spare copies of resident blocks until `wanted` host slots are or become free."""

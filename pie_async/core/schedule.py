@@ -69,6 +69,8 @@ class Schedule:
     """Makes the blocks' digests this process's own."""
     streamed_limit: int = 0
     """Blocks that may be streamed, as the governor says."""
+    least_streamed: int = 0
+    """Blocks that are streamed even where everything fits: for measurements."""
 
     sequences: dict[SequenceId, Sequence] = field(default_factory=dict)
     running: list[Sequence] = field(default_factory=list)

@@ -88,7 +88,7 @@ class CardMemory:
         dtype: torch.dtype,
         *,
         device_slots: int | None,
-        host_slots: int,
+        staging_slots: int,
         token_budget: int,
         decode_rows: int,
     ) -> GpuMemory:
@@ -111,7 +111,7 @@ class CardMemory:
             weight_bytes=weight_bytes,
             activation_bytes=activation_bytes,
             graph_bytes=GRAPHS_BYTES + decode_bytes,
-            host_slots=host_slots,
+            staging_slots=staging_slots,
         )
         self._plan = share_out(
             self._card.reach_bytes(self._cap_bytes),

@@ -82,6 +82,7 @@ class CudaDevice:
         *,
         device_slots: int,
         host_slots: int,
+        staging_slots: int,
         dtype: torch.dtype,
         poisons: bool = False,
         chunk_bytes: int = CHUNK_BYTES,
@@ -90,6 +91,7 @@ class CudaDevice:
 
         Args:
             driver: of the GPU; closed with the device.
+            staging_slots: most blocks that one iteration may stream.
             dtype: of the KV.
             poisons: overwrite staging buffers with NaN once they have been read.
             chunk_bytes: that the host pool is pinned in.
@@ -99,7 +101,7 @@ class CudaDevice:
         """
         self._driver = driver
         self.arena = DeviceArena(
-            driver, layout, device_slots=device_slots, staging_slots=host_slots, dtype=dtype
+            driver, layout, device_slots=device_slots, staging_slots=staging_slots, dtype=dtype
         )
         try:
             self._host = HostArena(driver, layout, slots=host_slots, chunk_bytes=chunk_bytes)
@@ -110,7 +112,7 @@ class CudaDevice:
             layout=layout,
             device_slots=device_slots,
             first_staging_slot=self.arena.first_staging_slot,
-            staging_slots=host_slots,
+            staging_slots=staging_slots,
             host_slots=host_slots,
         )
         self.compute = CudaStream("compute", driver)
@@ -186,8 +188,8 @@ class CudaDevice:
 
     # --- copies -----------------------------------------------------------------------------
 
-    def stage_layer(self, layer: int, runs: Sequence[CopyRun]) -> None:
-        self._copy(self.h2d, partial(self._to_device, range(layer, layer + 1), runs))
+    def stage(self, layers: range, runs: Sequence[CopyRun]) -> None:
+        self._copy(self.h2d, partial(self._to_device, layers, runs))
 
     def promote(self, moves: Sequence[BlockMove]) -> None:
         self._copy(self.h2d, partial(self._to_device, self._layers, runs_of(moves)))

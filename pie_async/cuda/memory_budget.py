@@ -100,8 +100,8 @@ class Demand(msgspec.Struct, frozen=True, kw_only=True):
     weight_bytes: int
     activation_bytes: int
     graph_bytes: int
-    host_slots: int
-    """Blocks of the host pool: all of them may pass through the staging ring."""
+    staging_slots: int
+    """Blocks that may pass through the staging ring in one iteration."""
 
 
 def require_weights(
@@ -146,7 +146,7 @@ def share_out(
     Raises:
         ConfigError: it does not fit; says what everything takes and what to lower.
     """
-    ring_bytes = layout.ring_layers * paged(demand.host_slots, layout, page_bytes)
+    ring_bytes = layout.ring_layers * paged(demand.staging_slots, layout, page_bytes)
     taken_bytes = demand.context_bytes + demand.weight_bytes + demand.activation_bytes
     taken_bytes += demand.graph_bytes + ring_bytes + SLACK_BYTES
     layer_bytes = max(0, reach_bytes - taken_bytes) // layout.num_layers
@@ -181,7 +181,7 @@ def _no_room(reach_bytes: int, demand: Demand, ring_bytes: int, wanted_bytes: in
     return ConfigError(
         f"of {format_size(reach_bytes)} under gpu_memory {format_size(left_bytes)} are left for "
         f"KV, which needs {format_size(wanted_bytes)} at least: {taken}; lower token_budget "
-        "(activations), max_running_sequences (graphs), host_pool_bytes (ring) or "
+        "(activations), max_running_sequences (graphs), max_streamed_bytes (ring) or "
         "device_kv_bytes, or raise gpu_memory",
         option="gpu_memory",
     )

@@ -1,4 +1,4 @@
-"""Brings an iteration's numbers to the GPU: one pinned buffer, one copy.
+"""Brings an iteration's numbers to the GPU: one pinned buffer, one kernel that reads it.
 
 Layout, int32: token ids [n], positions [n], lanes [n], table updates [u, 2], then whatever else
 the iteration needs. The device's buffer stays where it is, so captured graphs can read it.
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from pie_async.messages import Row, TableUpdate
+from pie_async.model.transfer import copy, seen_by_gpu
 
 FED_BACK = -1
 """Stands for the token that the lane sampled last."""
@@ -47,6 +48,9 @@ class Uploader:
             torch.zeros(capacity, dtype=torch.int32, pin_memory=is_pinned) for _ in range(_BUFFERS)
         ]
         self._arrays = [buffer.numpy() for buffer in self._pinned]
+        self._seen = (
+            [seen_by_gpu(buffer, device) for buffer in self._pinned] if is_pinned else self._pinned
+        )
         self._copied: list[torch.cuda.Event | None] = [None] * _BUFFERS
         self._next = 0
 
@@ -59,7 +63,7 @@ class Uploader:
 
     def upload(self, size: int) -> None:
         """Copy the first `size` numbers, ordered on the current stream."""
-        self.device_buffer[:size].copy_(self._pinned[self._next][:size], non_blocking=True)
+        copy(self._seen[self._next][:size], self.device_buffer[:size])
         if self.device_buffer.is_cuda:
             event = self._copied[self._next] or torch.cuda.Event()  # type: ignore[no-untyped-call]
             event.record()

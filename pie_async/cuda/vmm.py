@@ -1,8 +1,7 @@
 """The device arena: per layer one address range [resident slots | staging slots].
 
 The staging part of layer l maps ring buffer l mod R, so a slot number means the same in every
-layer and staging costs R / L of what is streamed. Ring buffers consist of pieces and grow by
-mapping more of them; addresses are reserved for the largest ring from the start.
+layer and staging costs R / L of what is streamed.
 """
 
 from __future__ import annotations
@@ -26,11 +25,10 @@ class DeviceArena:
     """KV memory on the GPU.
 
     Attributes:
-        layers: per layer, [slots, 2, kv_heads, block_tokens, head_dim]. Staging slots beyond
-            `staging_slots` have addresses but no memory.
+        layers: per layer, [slots, 2, kv_heads, block_tokens, head_dim].
         first_staging_slot: where the staging part begins: at or above the number of resident
             slots asked for, because mappings begin at page borders.
-        staging_slots: those that have memory.
+        staging_slots: how many there are.
     """
 
     def __init__(
@@ -40,14 +38,9 @@ class DeviceArena:
         *,
         device_slots: int,
         staging_slots: int,
-        most_staging_slots: int | None = None,
         dtype: torch.dtype,
     ) -> None:
         """Allocate and map.
-
-        Args:
-            staging_slots: that have memory at first.
-            most_staging_slots: that `grow` may reach; None: as many as at first.
 
         Raises:
             ConfigError: the card has too little memory.
@@ -58,14 +51,13 @@ class DeviceArena:
         page = driver.page_bytes
         slots_per_page = page // math.gcd(slot_bytes, page)
         self.first_staging_slot = -(-device_slots // slots_per_page) * slots_per_page
-        self.staging_slots = 0
-        slots = self.first_staging_slot + max(staging_slots, most_staging_slots or 0)
+        self.staging_slots = staging_slots
+        slots = self.first_staging_slot + staging_slots
         self._layer_bytes = self._paged(slots)
-        self._ring_bytes = 0
         self._undo: list[Callable[[], None]] = []
         try:
             self._allocate(device_slots)
-            self.grow(staging_slots)
+            self._allocate_ring()
         except CudaFault as fault:
             self.close()
             raise self._refused(fault, device_slots, staging_slots) from fault
@@ -78,22 +70,6 @@ class DeviceArena:
     def address(self, layer: int, slot: int) -> int:
         """Where one layer of a block lies; following slots follow."""
         return self._start + layer * self._layer_bytes + slot * self._slot_bytes
-
-    def grow(self, staging_slots: int) -> None:
-        """Give this many staging slots memory; takes tens of microseconds per 2 MiB.
-
-        Raises:
-            CudaFault: there is not enough.
-        """
-        wanted = self._paged(staging_slots)
-        piece = wanted - self._ring_bytes
-        if piece > 0:
-            buffers = [self._memory(piece) for _ in range(self._layout.ring_layers)]
-            for layer in range(self._layout.num_layers):
-                address = self.address(layer, self.first_staging_slot) + self._ring_bytes
-                self._map(address, piece, buffers[self._layout.ring_buffer(layer)])
-            self._ring_bytes = wanted
-        self.staging_slots = max(self.staging_slots, staging_slots)
 
     def close(self) -> None:
         """Unmap and free everything; `layers` must not be used any more."""
@@ -115,6 +91,15 @@ class DeviceArena:
         for layer in range(num_layers):
             self._map(self.address(layer, 0), resident_bytes, self._memory(resident_bytes))
 
+    def _allocate_ring(self) -> None:
+        layout, buffer_bytes = self._layout, self._paged(self.staging_slots)
+        if not buffer_bytes:
+            return
+        buffers = [self._memory(buffer_bytes) for _ in range(layout.ring_layers)]
+        for layer in range(layout.num_layers):
+            address = self.address(layer, self.first_staging_slot)
+            self._map(address, buffer_bytes, buffers[layout.ring_buffer(layer)])
+
     def _memory(self, num_bytes: int) -> int:
         memory = self._driver.create_memory(num_bytes)
         self._undo.append(lambda: self._driver.release_memory(memory))
@@ -134,6 +119,6 @@ class DeviceArena:
             f"the GPU has no room for {format_size(arena_bytes)} of KV and a staging ring of "
             f"{format_size(ring_bytes)} beside the weights: "
             f"{format_size(self._driver.free_bytes())} are free; lower device_kv_bytes or "
-            "host_pool_bytes",
+            "max_streamed_bytes",
             option="device_kv_bytes",
         )

@@ -278,19 +278,20 @@ class CpuDevice:
 
     # --- copies -----------------------------------------------------------------------------
 
-    def stage_layer(self, layer: int, runs: Sequence[CopyRun]) -> None:
+    def stage(self, layers: range, runs: Sequence[CopyRun]) -> None:
         slot_bytes = self.memory.layout.layer_block_bytes
-        host, device = self._host_address(layer), self._device_address(layer)
 
         def copy() -> None:
-            for run in runs:
-                ctypes.memmove(
-                    device + run.device_slot * slot_bytes,
-                    host + run.host_slot * slot_bytes,
-                    run.count * slot_bytes,
-                )
+            for layer in layers:
+                host, device = self._host_address(layer), self._device_address(layer)
+                for run in runs:
+                    ctypes.memmove(
+                        device + run.device_slot * slot_bytes,
+                        host + run.host_slot * slot_bytes,
+                        run.count * slot_bytes,
+                    )
 
-        num_bytes = sum(run.count for run in runs) * slot_bytes
+        num_bytes = len(layers) * sum(run.count for run in runs) * slot_bytes
         self.h2d.put(lambda: self._at_link_rate(copy, num_bytes))
 
     def promote(self, moves: Sequence[BlockMove]) -> None:

@@ -133,11 +133,11 @@ class Launcher:
 
     def _stage_group(self, layers: range, stage: StageIteration) -> Event:
         h2d = self._device.h2d
-        for layer in layers:
-            last_read = self._computed[self._layout.ring_buffer(layer)]
+        buffers = map(self._layout.ring_buffer, layers)
+        for last_read in dict.fromkeys(self._computed[buffer] for buffer in buffers):
             if last_read is not None:
                 h2d.wait(last_read)
-            self._device.stage_layer(layer, stage.runs)
+        self._device.stage(layers, stage.runs)
         return h2d.record()
 
     def _finish(self, began: Event, forward: Pass, ran: asyncio.Future[PassResult]) -> None:

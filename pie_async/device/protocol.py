@@ -77,7 +77,7 @@ class Stream(Protocol):
 class Device(Protocol):
     """A device that runs a model over paged KV and copies blocks beside it.
 
-    `begin_pass` to `sample` work on the compute stream, `stage_layer` and `promote` on h2d,
+    `begin_pass` to `sample` work on the compute stream, `stage` and `promote` on h2d,
     `demote` on d2h. All of them return as soon as the work is issued, and are called on the
     launch thread only. Failures of issued work surface at the events recorded after it.
     """
@@ -100,8 +100,8 @@ class Device(Protocol):
     def begin_pass(self, command: RunIteration) -> Pass:
         """Apply bindings and block tables, embed the fed tokens."""
 
-    def stage_layer(self, layer: int, runs: Sequence[CopyRun]) -> None:
-        """Copy one layer of these host slots into the layer's ring buffer."""
+    def stage(self, layers: range, runs: Sequence[CopyRun]) -> None:
+        """Copy these layers of these host slots into the layers' ring buffers."""
 
     def run_layers(self, forward: Pass, layers: range, *, is_staged: bool) -> None:
         """Run these layers: write the fed tokens' KV, attend over the block tables' slots."""

@@ -277,14 +277,15 @@ class SimDevice:
             forward.checked = CheckedPass(command.iteration, rows)
         return forward
 
-    def stage_layer(self, layer: int, runs: Sequence[CopyRun]) -> None:
+    def stage(self, layers: range, runs: Sequence[CopyRun]) -> None:
         """See `Device`."""
         if runs is not self._staged[0]:
             self._measure_staging(runs)
-        start_s = self._h2d.free_at_s
-        self._h2d.work(self._staged_copy_s)
-        if self.checker is not None:
-            self.checker.stage_layer(layer, runs, start_s, self._h2d.free_at_s)
+        for layer in layers:
+            start_s = self._h2d.free_at_s
+            self._h2d.work(self._staged_copy_s)
+            if self.checker is not None:
+                self.checker.stage_layer(layer, runs, start_s, self._h2d.free_at_s)
 
     def run_layers(self, forward: Pass, layers: range, *, is_staged: bool) -> None:
         """See `Device`."""

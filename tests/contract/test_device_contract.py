@@ -154,7 +154,7 @@ class DeviceContract:
         def all_layers_at_once() -> tuple[Pass, Event]:
             layers = range(device.memory.layout.num_layers)
             for layer in layers:
-                device.stage_layer(layer, runs)
+                device.stage(range(layer, layer + 1), runs)
             device.compute.wait(device.h2d.record())
             forward = device.begin_pass(again)
             device.run_layers(forward, layers, is_staged=True)

@@ -252,7 +252,7 @@ def test_neighbouring_blocks_are_staged_by_one_copy():
     assert staging_runs(residency) == [CopyRun(0, FIRST_STAGING_SLOT, 4)]
 
 
-def test_a_gap_in_the_pool_starts_a_new_copy():
+def test_what_only_waits_in_the_pool_leaves_no_gap_between_streamed_blocks():
     device, residency, blocks = streamed(4)
     device.submit(9, 9)
     device.plan()
@@ -263,10 +263,23 @@ def test_a_gap_in_the_pool_starts_a_new_copy():
     device.swap_outs.append([residency.demote(other.table[0], is_streamed=False)])
     device.finish_swap_out()
     demote(device, blocks[2:])
+    assert staging_runs(residency) == [CopyRun(0, FIRST_STAGING_SLOT, 4)]
+
+
+def test_a_gap_starts_a_new_copy_and_is_filled_by_what_leaves_next():
+    device, residency, blocks = streamed(4)
+    demote(device, blocks[:3])
+    device.swap_ins.append([residency.begin_promote(blocks[1])])
+    device.finish_swap_in()
     assert staging_runs(residency) == [
-        CopyRun(0, FIRST_STAGING_SLOT, 2),
-        CopyRun(3, FIRST_STAGING_SLOT + 2, 2),
+        CopyRun(0, FIRST_STAGING_SLOT, 1),
+        CopyRun(2, FIRST_STAGING_SLOT + 2, 1),
     ]
+    demote(device, [blocks[3]])
+    assert staging_runs(residency)[-1] == CopyRun(2, FIRST_STAGING_SLOT + 2, 2)
+    # Its clean copy lies where it lay, and so does its staging slot.
+    assert residency.demote(blocks[1], is_streamed=True) is None
+    assert staging_runs(residency) == [CopyRun(0, FIRST_STAGING_SLOT, 4)]
 
 
 def test_a_block_on_its_way_out_is_not_staged_before_its_copy_is_complete():

@@ -98,7 +98,7 @@ def test_demoting_a_clean_block_again_is_free_and_immediate():
     residency.finish_promote(block.id)
     assert block.id in residency.clean_resident
     assert residency.demote(block, is_streamed=True) is None
-    assert (block.device_slot, block.read_slot) == (None, 10)
+    assert (block.device_slot, block.read_slot) == (None, 10 + block.host_slot)
     assert residency.clean_resident == {}
 
 

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from pie_async.core.slots import SlotPool
 
@@ -26,6 +28,42 @@ def test_slots_are_numbered_from_the_first_one():
     pool.give_back(101)
     assert (pool.is_free(100), pool.is_free(101)) == (False, True)
     assert pool.num_free == 1
+
+
+def test_the_highest_free_slot_is_taken_where_that_is_asked_for():
+    pool = SlotPool("test", 4, first=10)
+    assert [pool.take(is_highest=True), pool.take(), pool.take(is_highest=True)] == [13, 10, 12]
+    pool.give_back(13)
+    assert [pool.take(is_highest=True), pool.take(), pool.take()] == [13, 11, None]
+
+
+def test_a_preferred_slot_is_taken_if_it_is_free():
+    pool = SlotPool("test", 4)
+    assert [pool.take(2), pool.take(2), pool.take(7), pool.take(), pool.take()] == [
+        2,
+        0,
+        1,
+        3,
+        None,
+    ]
+
+
+@given(st.lists(st.tuples(st.integers(0, 5), st.booleans(), st.booleans())))
+def test_every_slot_has_one_holder_whatever_is_taken_and_given_back(steps):
+    pool, held = SlotPool("test", 4), set()
+    for number, is_taken, is_highest in steps:
+        free = set(range(4)) - held
+        if is_taken:
+            slot = pool.take(number, is_highest=is_highest)
+            expected = number if number in free else None
+            if expected is None and free:
+                expected = max(free) if is_highest else min(free)
+            assert slot == expected
+            held |= {slot} - {None}
+        elif number in held:
+            pool.give_back(number)
+            held.remove(number)
+        assert pool.num_free == 4 - len(held)
 
 
 def test_free_and_used_slots_add_up():

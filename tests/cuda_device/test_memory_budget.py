@@ -33,7 +33,7 @@ def demand(**changes) -> Demand:
         "weight_bytes": 15 * GIB,
         "activation_bytes": 2 * GIB,
         "graph_bytes": GIB,
-        "host_slots": 512,
+        "staging_slots": 512,
     }
     return Demand(**{**sizes, **changes})
 
@@ -195,7 +195,7 @@ def test_a_runner_is_profiled_and_the_arena_takes_what_is_left():
         LAYOUT,
         torch.float32,
         device_slots=None,
-        host_slots=16,
+        staging_slots=16,
         token_budget=8192,
         decode_rows=256,
     )
@@ -217,7 +217,7 @@ def test_torch_is_kept_below_the_cap_and_the_report_follows_the_driver():
         LAYOUT,
         torch.float32,
         device_slots=100,
-        host_slots=0,
+        staging_slots=0,
         token_budget=512,
         decode_rows=64,
     )

@@ -31,7 +31,10 @@ def operands(m: int, n: int, k: int, dtype, device, *, apart: int = 0, has_bias:
     """x [m, k] with its rows `apart` numbers further apart than need be, weight, bias."""
     x = torch.randn(m, k + apart, device=device).to(dtype)[:, :k]
     weight = torch.randn(n, k, device=device).to(dtype)
-    return x, weight, torch.randn(n, device=device).to(dtype) if has_bias else None
+    bias = torch.randn(n, device=device).to(dtype) if has_bias else None
+    if x.is_cuda:
+        torch.cuda.synchronize()  # a weight must not be in the making
+    return x, weight, bias
 
 
 def relative_error(actual: torch.Tensor, x, weight, bias) -> float:

@@ -390,7 +390,7 @@ async def test_an_engine_starts_once():
             await engine.start()
 
 
-@pytest.mark.parametrize("where", ["run_layers", "stage_layer", "demote", "sample"])
+@pytest.mark.parametrize("where", ["run_layers", "stage", "demote", "sample"])
 async def test_a_device_that_fails_fails_every_stream_and_stops_the_engine(where, monkeypatch):
     engine = small(14, 64)
     await engine.start()

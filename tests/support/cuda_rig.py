@@ -49,6 +49,7 @@ def cuda_device(directory: Path, driver, *, poisons: bool = False) -> CudaDevice
         LAYOUT,
         device_slots=DEVICE_SLOTS,
         host_slots=HOST_SLOTS,
+        staging_slots=HOST_SLOTS,
         dtype=torch.float32,
         chunk_bytes=CHUNK_BYTES,
         poisons=poisons,

@@ -106,7 +106,7 @@ def run_staged(
         if group >= layout.ring_depth and "computed" not in without:
             device.h2d.wait(computed[group - layout.ring_depth])
         for layer in layout.group(group):
-            device.stage_layer(layer, runs)
+            device.stage(range(layer, layer + 1), runs)
         staged = device.h2d.record()
         if "staged" not in without:
             device.compute.wait(staged)

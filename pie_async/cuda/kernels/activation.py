@@ -10,6 +10,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional
 
+from pie_async.cuda.kernels.overlap import await_earlier, overlap
+
 if TYPE_CHECKING:
     from pie_async.model.config import Activation
 
@@ -29,7 +31,15 @@ def activate(x: Tensor, activation: Activation, is_gated: bool) -> Tensor:
     out = torch.empty((rows, inner), dtype=x.dtype, device=x.device)
     if rows:
         _activate_kernel[(rows, triton.cdiv(inner, _BLOCK))](
-            x, out, inner, x.stride(0), activation, is_gated, _BLOCK, num_warps=4
+            x,
+            out,
+            inner,
+            x.stride(0),
+            activation,
+            is_gated,
+            _BLOCK,
+            num_warps=4,
+            **overlap(x.device),
         )
     return out
 
@@ -63,7 +73,9 @@ def _activate_kernel(
     activation: tl.constexpr,
     is_gated: tl.constexpr,
     block: tl.constexpr,
+    overlaps: tl.constexpr,
 ):
+    await_earlier(overlaps, lets_next_start=True)
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * block + tl.arange(0, block)
     is_inside = columns < inner

@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pie_async.cuda.kernels.overlap import await_earlier, overlap
 from pie_async.cuda.kernels.paged_attention import (
     LOG2_E,
     LOWEST,
@@ -229,7 +230,9 @@ def _decode_kernel(
     BLOCK_N: tl.constexpr,
     PARTS: tl.constexpr,
     STAGES: tl.constexpr,
+    overlaps: tl.constexpr,
 ):
+    await_earlier(overlaps)
     program = tl.program_id(0)
     record = plan + program * _RECORD
     row = tl.load(record)
@@ -399,4 +402,5 @@ def decode_attention(
         max(1, _MERGED_NUMBERS // (members * dim)),
         config.num_stages,
         num_warps=config.num_warps,
+        **overlap(queries.device),
     )

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from pie_async.cuda import cublas_lt
+from pie_async.cuda.kernels.overlap import await_earlier, overlap
 
 Choice = tuple[str | int, ...]
 """("torch",), ("lt", algorithm), ("rows", block_n, block_k, warps, stages) or ("split", block_m,
@@ -42,7 +43,9 @@ def linear(
     other: they share counters and a workspace.
 
     Args:
-        x: [n, k]; rows may be apart. weight: [out, k], contiguous. bias: [out].
+        x: [n, k]; rows may be apart. bias: [out].
+        weight: [out, k], contiguous; read before earlier kernels have ended, so it must not be
+            what one of them is still writing.
 
     Returns:
         [n, out], contiguous.
@@ -145,6 +148,7 @@ def _by_rows(
         is_even=k % block_k == 0,
         stages=stages,
         num_warps=warps,
+        **overlap(x.device),
     )
     return out
 
@@ -190,6 +194,7 @@ def _by_splits(
         stages=stages,
         precision="ieee" if x.dtype == torch.float32 else "tf32",
         num_warps=warps,
+        **overlap(x.device),
     )
     return out
 
@@ -213,13 +218,22 @@ def _rows_kernel(
     block_k: tl.constexpr,
     is_even: tl.constexpr,
     stages: tl.constexpr,
+    overlaps: tl.constexpr,
 ):
     rows = tl.program_id(0) * block_n + tl.arange(0, block_n)
     columns = tl.arange(0, block_k)
     # Rows past the end read the last one, so that loads need no mask.
     place = weight + tl.minimum(rows, n - 1).to(tl.int64)[:, None] * k + columns[None, :]
-    sums = tl.zeros((block_n, block_k), tl.float32)
-    for first in tl.range(0, k, block_k, num_stages=stages):
+    # The first weights come while earlier kernels still run, which do not write them.
+    begin: tl.constexpr = block_k if overlaps and is_even else 0
+    if begin:
+        weights = tl.load(place)
+    await_earlier(overlaps)
+    if begin:
+        sums = weights.to(tl.float32) * tl.load(x + columns).to(tl.float32)[None, :]
+    else:
+        sums = tl.zeros((block_n, block_k), tl.float32)
+    for first in tl.range(begin, k, block_k, num_stages=stages):
         if is_even:
             weights = tl.load(place + first)
             values = tl.load(x + first + columns)
@@ -257,8 +271,10 @@ def _split_kernel(
     is_even: tl.constexpr,
     stages: tl.constexpr,
     precision: tl.constexpr,
+    overlaps: tl.constexpr,
 ):
     """The weight is the left operand: the matrix units want 64 rows, and tokens are fewer."""
+    await_earlier(overlaps)
     split = tl.program_id(0) % splits
     tile = tl.program_id(0) // splits
     tiles_m = tl.cdiv(m, block_m)

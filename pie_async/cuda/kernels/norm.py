@@ -1,7 +1,8 @@
 """RMS norm and layer norm of rows, alone or behind the residual sum.
 
 One program takes one row and reads it once, so a row must fit its registers; hidden sizes of
-decoders do.
+decoders do. Weights and biases are read before earlier kernels have ended: none of those may
+still be writing them.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from torch.nn import functional
+
+from pie_async.cuda.kernels.overlap import await_earlier, overlap
 
 
 def norm(
@@ -100,6 +103,7 @@ def _launch(
             is_rms=is_rms,
             block=block,
             num_warps=num_warps(block),
+            **overlap(x.device),
         )
     return out
 
@@ -125,10 +129,16 @@ def _norm_kernel(
     eps,
     is_rms: tl.constexpr,
     block: tl.constexpr,
+    overlaps: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, block)
     is_inside = columns < size
+    if weight is not None:
+        factors = tl.load(weight + columns, is_inside, 0.0).to(tl.float32)
+    if bias is not None:
+        offsets = tl.load(bias + columns, is_inside, 0.0).to(tl.float32)
+    await_earlier(overlaps, lets_next_start=True)
     values = tl.load(x + row * x_stride + columns, is_inside, 0.0)
     dtype = values.dtype
     wide = values.to(tl.float32)
@@ -137,11 +147,6 @@ def _norm_kernel(
         summed = (wide + tl.load(kept, is_inside, 0.0).to(tl.float32)).to(dtype)
         tl.store(kept, summed, is_inside)
         wide = summed.to(tl.float32)
-    # Loaded ahead of the sums over the row, which they need not wait for.
-    if weight is not None:
-        factors = tl.load(weight + columns, is_inside, 0.0).to(tl.float32)
-    if bias is not None:
-        offsets = tl.load(bias + columns, is_inside, 0.0).to(tl.float32)
     if is_rms:
         scale = tl.rsqrt(tl.sum(wide * wide, 0) / size + eps)
         normed = (wide * scale).to(dtype).to(tl.float32)

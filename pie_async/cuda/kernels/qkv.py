@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pie_async.cuda.kernels.norm import norm_reference
+from pie_async.cuda.kernels.overlap import await_earlier, overlap
 
 
 def rotate_and_store(
@@ -63,6 +64,7 @@ def rotate_and_store(
         half_block=triton.next_power_of_2(dim // 2),
         heads_block=_HEADS,
         num_warps=_WARPS,
+        **overlap(qkv.device),
     )
     return queries
 
@@ -121,7 +123,9 @@ def _rotate_and_store_kernel(
     dim: tl.constexpr,
     half_block: tl.constexpr,
     heads_block: tl.constexpr,
+    overlaps: tl.constexpr,
 ):
+    await_earlier(overlaps, lets_next_start=True)
     half: tl.constexpr = dim // 2
     row = tl.program_id(0).to(tl.int64)
     head = (tl.program_id(1) * heads_block + tl.arange(0, heads_block))[:, None]

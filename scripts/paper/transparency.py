@@ -1,0 +1,318 @@
+"""Transparency: how long an iteration takes while so much KV is streamed (Pie, section 6.2).
+
+    python -m scripts.paper.transparency --model llama-3.1-8b --batch 64 --context 1024
+
+One batch decodes all the time. Streaming is fixed to one share after another of what the link
+moves during an iteration with everything resident; between two shares nothing is streamed, and
+those windows, of nearly the same context, are what the one between them is compared with. All
+KV would fit on the device, so that nothing else differs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import statistics
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import aclosing
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgspec
+import uvloop
+
+from pie_async import Engine, SamplingParams
+from pie_async.config import EngineConfig, parse_size
+from pie_async.metrics import EngineStats
+from pie_async.request_stream import RequestStream
+from scripts._bench_gpu.breakdown import Breakdown, profiled
+from scripts._bench_gpu.host_time import HostTime
+from scripts.paper.results import RESULTS, Results, freeze, replot, thaw
+
+SHARES = (0.2, 0.4, 0.6, 0.8, 0.95, 1.1)
+SETTLING_ITERATIONS = 10
+"""After a change: graphs are captured, the pipeline of two iterations runs full again."""
+PROBE_BLOCKS = 48
+"""Streamed to learn the link's rate."""
+PATIENCE_ITERATIONS = 400
+HBM_BYTES_PER_S = 4.2e12
+FIRST_TOKEN = 10
+PROFILED_ITERATIONS = 20
+
+
+class Point(msgspec.Struct, frozen=True, kw_only=True):
+    """One window with so much streamed."""
+
+    model: str
+    batch: int
+    context: int
+    layer_group: int
+    ring_depth: int
+    link_share: float
+    """Of what the link can move in `resident_s`."""
+    streamed_bytes: int
+    """Per iteration."""
+    iteration_s: float
+    """Median; as a client sees it, token to token."""
+    resident_s: float
+    """The same, of the windows before and after in which nothing was streamed."""
+    ratio: float
+    bound_ratio: float
+    """What physics leaves: the copies' writes take their part of the memory's rate, and no
+    iteration is shorter than its copies."""
+    stall_share: float
+    link_busy_share: float
+    link_bytes_per_s: float
+    compute_s: float
+    """Mean time that the compute stream worked in an iteration."""
+    resident_compute_s: float
+    launch_s: float
+    """Processor time of the launch thread in an iteration."""
+
+
+class Window(NamedTuple):
+    """What was seen of some iterations in a row."""
+
+    iteration_s: float
+    stats: EngineStats
+    """Totals of the window."""
+    wall_s: float
+    launch_s: float
+    """Processor time of the launch thread."""
+
+    @property
+    def compute_s(self) -> float:
+        """By iteration."""
+        return self.stats.compute_s / max(1, self.stats.iterations)
+
+
+def main() -> None:
+    """Measure every batch, or draw what was measured."""
+    given = _parser().parse_args()
+    if given.plot_only:
+        replot(given.name, given.results, Point, draw)
+        return
+    facts = {"seed": given.seed, "iterations": given.iterations, "settings": given.set}
+    results = Results(given.name, given.results, facts, draw)
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        for batch, context in zip(given.batch, given.context, strict=True):
+            runner.run(_measure(given, results, batch, context))
+    results.finish()
+
+
+async def _measure(given: argparse.Namespace, results: Results, batch: int, context: int) -> None:
+    engine = Engine(_config(given, batch))
+    async with engine:
+        freeze()
+        async with aclosing(_Batch(engine, batch, context, given.seed)) as running:
+            await running.start()
+            async for point in _points(running, given, batch, context):
+                results.add(point)
+    thaw()
+
+
+async def _points(
+    running: _Batch, given: argparse.Namespace, batch: int, context: int
+) -> AsyncIterator[Point]:
+    engine = running.engine
+    layout = engine.layout
+    iterations = given.iterations
+    block_bytes = layout.block_bytes
+    await running.stream(PROBE_BLOCKS)
+    probe = await running.window(iterations)
+    link = probe.stats.h2d_bytes / probe.stats.h2d_busy_s
+    await running.stream(0)
+    before = await running.window(iterations)
+    for share in given.shares:
+        blocks = max(1, round(share * link * before.iteration_s / block_bytes))
+        await running.stream(blocks)
+        seen = await running.window(iterations)
+        if given.profile:
+            found: list[Breakdown] = []
+            with profiled(found):
+                await running.window(PROFILED_ITERATIONS)
+            print(_told(found[0], PROFILED_ITERATIONS), flush=True)
+        await running.stream(0)
+        after = await running.window(iterations)
+        resident_s = (before.iteration_s + after.iteration_s) / 2
+        streamed_bytes = blocks * block_bytes
+        bound_s = max(resident_s + streamed_bytes / HBM_BYTES_PER_S, streamed_bytes / link)
+        yield Point(
+            model=engine.config.model,
+            batch=batch,
+            context=context,
+            layer_group=layout.layer_group,
+            ring_depth=layout.ring_depth,
+            link_share=streamed_bytes / link / resident_s,
+            streamed_bytes=streamed_bytes,
+            iteration_s=seen.iteration_s,
+            resident_s=resident_s,
+            ratio=seen.iteration_s / resident_s,
+            bound_ratio=bound_s / resident_s,
+            stall_share=seen.stats.stall_share,
+            link_busy_share=seen.stats.h2d_busy_s / seen.wall_s,
+            link_bytes_per_s=seen.stats.h2d_bytes / seen.stats.h2d_busy_s,
+            compute_s=seen.compute_s,
+            resident_compute_s=(before.compute_s + after.compute_s) / 2,
+            launch_s=seen.launch_s / max(1, seen.stats.iterations),
+        )
+        before = after
+
+
+class _Batch:
+    """Sequences that decode together; one of them is read token by token."""
+
+    def __init__(self, engine: Engine, batch: int, context: int, seed: int) -> None:
+        self.engine = engine
+        self._size = batch
+        self._context = context
+        self._seed = seed
+        self._streams: list[RequestStream] = []
+
+    async def start(self) -> None:
+        """Return once all of them decode."""
+        vocab = self.engine.model.vocab_size - FIRST_TOKEN
+        params = SamplingParams(
+            max_tokens=self.engine.model.max_model_len - self._context,
+            temperature=0.0,
+            ignore_eos=True,
+            output_kind="final",
+        )
+        for number in range(self._size):
+            last = number == self._size - 1
+            prompt = [
+                FIRST_TOKEN + (self._seed * 7919 + number * 104729 + i * 31) % vocab
+                for i in range(self._context)
+            ]
+            how = msgspec.structs.replace(params, output_kind="delta") if last else params
+            self._streams.append(await self.engine.submit(prompt, how))
+        needed = self._size * self._context
+        await self._until(lambda: self.engine.stats().prompt_tokens >= needed)
+        await self.window(SETTLING_ITERATIONS)
+
+    async def stream(self, blocks: int) -> None:
+        """Stream exactly so many from now on, and return once it is so."""
+        await self.engine.fix_streaming(blocks, least_blocks=blocks)
+        await self._until(lambda: self._is_streaming(blocks))
+        await self.window(SETTLING_ITERATIONS)
+
+    def _is_streaming(self, blocks: int) -> bool:
+        stats = self.engine.stats()
+        return stats.streamed_blocks == blocks and stats.running == self._size
+
+    async def _until(self, is_so: Any) -> None:
+        for _ in range(PATIENCE_ITERATIONS):
+            if is_so():
+                return
+            await self._token()
+        raise RuntimeError(f"this never came about: {self.engine.stats()}")
+
+    async def window(self, iterations: int) -> Window:
+        """So many iterations from now."""
+        first, host, began_s = self.engine.stats(), HostTime(), time.perf_counter()
+        gaps_s, last_s = [], began_s
+        for _ in range(iterations):
+            count = await self._token()
+            now_s = time.perf_counter()
+            gaps_s += [(now_s - last_s) / count] * count
+            last_s = now_s
+        return Window(
+            statistics.median(gaps_s),
+            _difference(self.engine.stats(), first),
+            last_s - began_s,
+            host.by_thread_s().get("pie-launch", 0.0),
+        )
+
+    async def _token(self) -> int:
+        output = await anext(self._streams[-1])
+        return max(1, sum(len(choice.token_ids) for choice in output.outputs))
+
+    async def aclose(self) -> None:
+        for stream in self._streams:
+            stream.cancel()
+        for stream in self._streams:
+            async for _ in stream:
+                pass
+
+
+def _told(seen: Breakdown, iterations: int) -> str:
+    """Microseconds by iteration; copies run beside the rest."""
+    parts = {**seen.by_class_s, "idle": seen.idle_s, "in all": seen.window_s}
+    return "profiled: " + ", ".join(
+        f"{name} {1e6 * seconds / iterations:.0f} us" for name, seconds in parts.items()
+    )
+
+
+def _difference(last: EngineStats, first: EngineStats) -> EngineStats:
+    names = ("iterations", "compute_s", "stall_s", "h2d_bytes", "h2d_busy_s")
+    return EngineStats(**{name: getattr(last, name) - getattr(first, name) for name in names})
+
+
+def draw(figure: Any, points: Sequence[Point]) -> None:
+    """Iteration time against what is streamed, beside the bound; a line per batch."""
+    axes = figure.subplots()
+    kinds = dict.fromkeys(
+        (point.model, point.batch, point.context, point.layer_group) for point in points
+    )
+    for model, batch, context, group in kinds:
+        line = [
+            point
+            for point in points
+            if (point.model, point.batch, point.context, point.layer_group)
+            == (model, batch, context, group)
+        ]
+        shares = [100 * point.link_share for point in line]
+        label = f"{model}, batch {batch} x {context}, groups of {group}"
+        (drawn,) = axes.plot(shares, [point.ratio for point in line], "o-", label=label)
+        bounds = [point.bound_ratio for point in line]
+        axes.plot(shares, bounds, "--", color=drawn.get_color(), alpha=0.5)
+    axes.set_xlabel("streamed per iteration, % of what the link moves (dashed: the bound)")
+    axes.set_ylabel("iteration time / everything resident")
+    axes.grid(alpha=0.3)
+    axes.legend()
+
+
+def _config(given: argparse.Namespace, batch: int) -> EngineConfig:
+    fields: dict[str, Any] = {
+        "model": given.model,
+        "device": given.device,
+        "load_format": given.load_format,
+        "host_pool_bytes": parse_size(given.host_pool, option="--host-pool"),
+        "max_running_sequences": batch,
+        "streamed_blocks": 0,
+        "prefix_caching": False,
+    }
+    if given.kv is not None:
+        fields["device_kv_bytes"] = parse_size(given.kv, option="--kv")
+    for setting in given.set:
+        name, _, value = setting.partition("=")
+        fields[name] = msgspec.json.decode(value)
+    return EngineConfig(**fields)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--model", default="llama-3.1-8b")
+    add("--device", default="cuda")
+    add("--load-format", default="random")
+    add("--batch", type=int, nargs="+", default=[64])
+    add("--context", type=int, nargs="+", default=[1024], help="as many as batches")
+    add("--shares", type=float, nargs="+", default=list(SHARES))
+    add("--iterations", type=int, default=40, help="of a window")
+    add("--kv", help="device memory for KV; default: what the card has left")
+    add("--host-pool", default="4GiB")
+    add("--set", action="append", default=[], metavar="NAME=JSON", help="any engine option")
+    add("--profile", action="store_true", help="say where the iterations' time goes")
+    add("--seed", type=int, default=0)
+    add("--name", default="transparency", help="of the files under --results")
+    add("--results", type=Path, default=RESULTS)
+    add("--plot-only", action="store_true", help="draw what --results holds")
+    return parser
+
+
+if __name__ == "__main__":
+    main()
