@@ -15,6 +15,10 @@ from pie_async.core.sequence import Sequence
 from pie_async.ids import DeviceSlot, IterationId
 from pie_async.messages import BlockMove, CopyRun, LaneBinding, Row, TableUpdate
 
+PROMOTIONS_BESIDE_STAGING = 8
+"""By iteration. A sequence that comes back may bring hundreds of blocks: at once they would hold
+up the staged ones behind them for milliseconds."""
+
 
 @dataclass(slots=True)
 class IterationPlan:
@@ -66,13 +70,24 @@ def _plan_once(schedule: Schedule, iteration: IterationId) -> IterationPlan:
     batch.prefill()
     batch.admit()
     schedule.starved_plans = schedule.starved_plans + 1 if schedule.is_starved else 0
-    plan.swap_out, plan.swap_in = pressure.relieve(schedule, batch.next_chunk_blocks)
+    plan.swap_out, promotions = pressure.relieve(schedule, batch.next_chunk_blocks)
+    schedule.promotions.extend(promotions)
+    plan.swap_in = _next_promotions(schedule, is_running=bool(plan.rows))
     if not plan.rows:
         return plan
     batch.describe_lanes()
     plan.runs = staging_runs(schedule.residency)
     batch.launch()
     return plan
+
+
+def _next_promotions(schedule: Schedule, *, is_running: bool) -> list[BlockMove]:
+    """What may come home beside this iteration; staging, which compute waits for, goes first."""
+    waiting = schedule.promotions
+    count = len(waiting)
+    if is_running and schedule.residency.num_streamed:
+        count = min(count, PROMOTIONS_BESIDE_STAGING)
+    return [waiting.popleft() for _ in range(count)]
 
 
 class _Batch:

@@ -18,7 +18,7 @@ from pie_async.core.residency import Block, ResidencyMap
 from pie_async.core.sequence import Sequence, State
 from pie_async.core.slots import SlotPool
 from pie_async.ids import BlockId, IterationId, Lane, SequenceId
-from pie_async.messages import Advance, Row, SampledToken, Submit
+from pie_async.messages import Advance, BlockMove, Row, SampledToken, Submit
 from pie_async.outputs import FinishReason
 
 _by_order = attrgetter("order")
@@ -79,6 +79,8 @@ class Schedule:
     parked: list[Sequence] = field(default_factory=list)
     """In serving order."""
     in_flight: deque[Launched] = field(default_factory=deque)
+    promotions: deque[BlockMove] = field(default_factory=deque)
+    """Swap-ins that were decided and wait for their turn on the link."""
     counts: Counts = field(default_factory=Counts)
     lanes: SlotPool = field(init=False)
     hasher: PrefixHasher = field(init=False)
@@ -178,7 +180,7 @@ class Schedule:
 
     @property
     def is_idle(self) -> bool:
-        return not self.sequences
+        return not self.sequences and not self.promotions
 
     @property
     def has_moves(self) -> bool:

@@ -114,20 +114,24 @@ class Launcher:
         ran: asyncio.Future[PassResult],
         staged: asyncio.Future[CopyResult],
     ) -> None:
+        """Staging is issued as far ahead as the ring reaches: launching a prompt's kernels takes
+        the host as long as the GPU runs them, and copies issued in step would all be late."""
         device, layout = self._device, self._layout
+        staging_began = device.h2d.record()
+        groups = [layout.group(number) for number in range(layout.num_groups)]
+        staged_groups = [self._stage_group(each, stage) for each in groups[: layout.ring_depth]]
         began = device.compute.record()
         forward = device.begin_pass(command)
-        staging_began = group_staged = device.h2d.record()
-        for group in range(layout.num_groups):
-            layers = layout.group(group)
-            group_staged = self._stage_group(layers, stage)
-            device.compute.wait(group_staged)
+        for number, layers in enumerate(groups):
+            device.compute.wait(staged_groups[number])
             device.run_layers(forward, layers, is_staged=True)
             computed = device.compute.record()
             for layer in layers:
                 self._computed[layout.ring_buffer(layer)] = computed
+            if len(staged_groups) < len(groups):
+                staged_groups.append(self._stage_group(groups[len(staged_groups)], stage))
         num_bytes = sum(run.count for run in stage.runs) * layout.block_bytes
-        last = group_staged
+        last = staged_groups[-1]
         self._announce(last, staged, lambda: self._copy_result(staging_began, last, num_bytes))
         self._finish(began, forward, ran)
 

@@ -26,6 +26,7 @@ from pie_async.cli.load import EngineTarget, Prompts, put_load
 from pie_async.config import EngineConfig, parse_size
 from pie_async.measurements import RequestTimes, percentile, summarize
 from pie_async.metrics import EngineStats
+from pie_async.runtime.virtual_time import VirtualTimeLoop
 from pie_async.workload import (
     LENGTH_MODELS,
     WorkItem,
@@ -93,7 +94,9 @@ def main() -> None:
         return
     facts = {"seed": given.seed, "settings": given.set}
     results = Results(given.name, given.results, facts, draw)
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+    is_sim = given.device == "sim"
+    make_loop = VirtualTimeLoop if is_sim else uvloop.new_event_loop
+    with asyncio.Runner(loop_factory=make_loop) as runner:
         for kv in given.kv:
             for mode in given.modes:
                 runner.run(_run(given, results, parse_size(kv, option="--kv"), mode))
@@ -128,6 +131,9 @@ class _Load:
         self._target = EngineTarget(engine)
         self._items = items
         self._fill = fill
+        # Virtual on the simulated device; else uvloop's own is coarse, so not the loop's.
+        is_sim = engine.config.device == "sim"
+        self._clock = asyncio.get_running_loop().time if is_sim else time.perf_counter
         self.requests: list[RequestTimes] = []
         self.duration_s = 0.0
         self.began_s = 0.0
@@ -135,22 +141,22 @@ class _Load:
     async def run(self, limit_s: float | None) -> None:
         """Send every request at its time, until all are answered or time is up."""
         prompts = [self._fill.of(item, number) for number, item in enumerate(self._items)]
-        self.began_s = time.perf_counter()
+        self.began_s = self._clock()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(limit_s), asyncio.TaskGroup() as group:
                 for item, prompt in zip(self._items, prompts, strict=True):
                     group.create_task(self._one(item, prompt))
-        self.duration_s = time.perf_counter() - self.began_s
+        self.duration_s = self._clock() - self.began_s
 
     async def _one(self, item: WorkItem, prompt: list[int]) -> None:
-        await asyncio.sleep(max(0.0, self.began_s + item.arrival_s - time.perf_counter()))
-        times = RequestTimes(submitted_s=time.perf_counter(), prompt_tokens=len(prompt))
+        await asyncio.sleep(max(0.0, self.began_s + item.arrival_s - self._clock()))
+        times = RequestTimes(submitted_s=self._clock(), prompt_tokens=len(prompt))
         self.requests.append(times)
         stream = self._target.stream(prompt, output_tokens=item.output_tokens)
         async with contextlib.aclosing(stream):
             async for count in stream:
-                times.arrived(time.perf_counter(), count)
-        times.finished_s = time.perf_counter()
+                times.arrived(self._clock(), count)
+        times.finished_s = self._clock()
 
 
 class _Streamed:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pie_async.core.batching import staging_runs
+from pie_async.core.batching import PROMOTIONS_BESIDE_STAGING, staging_runs
 from pie_async.messages import CopyRun
 from pie_async.sampling_params import SamplingParams
 from tests.support.perfect_device import (
@@ -302,3 +302,25 @@ def test_what_an_iteration_was_made_of_is_remembered_until_it_settles():
     launched = device.schedule.in_flight[-1]
     assert (launched.decode_rows, launched.prefill_tokens) == (1, 7)
     assert launched.iteration == 2
+
+
+def test_beside_staged_blocks_others_come_home_a_few_at_a_time():
+    device = PerfectDevice(a_schedule(device_slots=40, host_slots=60, streamed_limit=40))
+    device.submit(80, 40)
+    device.submit(60, 100)
+    device.run()
+    home = [len(plan.swap_in) for plan in device.plans if plan.rows and plan.runs]
+    assert max(home) == PROMOTIONS_BESIDE_STAGING
+    assert device.schedule.counts.promotions > PROMOTIONS_BESIDE_STAGING
+
+
+def test_copies_that_wait_for_their_turn_are_made_when_nothing_runs_any_more():
+    device, residency, blocks = streamed(4)
+    demote(device, blocks)
+    device.schedule.promotions.append(residency.begin_promote(blocks[0]))
+    device.schedule.cancel([1], "abort")
+    assert not device.schedule.is_idle
+    plan = device.plan()
+    assert [move.block for move in plan.swap_in] == [blocks[0].id]
+    device.finish_swap_in()
+    assert (device.schedule.is_idle, residency.used_device) == (True, 0)
