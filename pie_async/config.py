@@ -18,6 +18,7 @@ DtypeName = Literal["auto", "float32", "float16", "bfloat16"]
 LoadFormat = Literal["checkpoint", "random"]
 Quantization = Literal["fp8"]
 Kernels = Literal["triton", "torch"]
+Attention = Literal["auto", "triton", "flashinfer"]
 
 BUILTIN_MODEL = "builtin"
 """The small model shipped with the package."""
@@ -45,6 +46,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """What weights are converted to when they are loaded; None: they stay in `dtype`."""
     kernels: Kernels = "triton"
     """CUDA device: "torch" computes with torch's own operators, slowly, as a reference."""
+    attention: Attention = "auto"
+    """CUDA device: what attention of prompts is computed with. "auto": FlashInfer (extra
+    `flashinfer`) where it is installed and was measured faster on this card, otherwise Triton."""
     cuda_graphs: bool = True
     """CUDA device: replay decode iterations instead of launching their kernels one by one."""
     gpu_memory: str | int | float = 0.9
@@ -154,6 +158,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             ("dtype", get_args(DtypeName)),
             ("load_format", get_args(LoadFormat)),
             ("kernels", get_args(Kernels)),
+            ("attention", get_args(Attention)),
             ("quantization", (None, *get_args(Quantization))),
         ):
             if (value := getattr(self, name)) not in choices:

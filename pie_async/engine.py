@@ -94,8 +94,14 @@ class Engine:
         parts = await asyncio.to_thread(assemble, self.config, progress=progress)
         parts.device.start(loop)
         self.story = Story(loop.time)
-        self._actors = Actors(parts, self.config, self.story, on_finished=self._forget)
         self._parts = parts
+        self._actors = Actors(
+            parts,
+            self.config,
+            self.story,
+            on_finished=self._forget,
+            on_shorter=self._limit_length,
+        )
         self._started_s = loop.time()
         self._watch = asyncio.create_task(self._supervise(parts), name="pie-supervisor")
 
@@ -367,6 +373,12 @@ class Engine:
 
     def _intake(self) -> Intake:
         return Intake(self.tokenizer, self.model)
+
+    def _limit_length(self, longest: int) -> None:
+        parts = self._loaded()
+        length = min(longest, parts.model.max_model_len)
+        model = msgspec.structs.replace(parts.model, max_model_len=length)
+        self._parts = msgspec.structs.replace(parts, model=model)
 
     def _loaded(self) -> Parts:
         if self._parts is None:

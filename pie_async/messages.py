@@ -196,8 +196,18 @@ class SetStreamedLimit(Message, frozen=True, kw_only=True):
     reason: str
 
 
+class PoolGrown(Message, frozen=True, kw_only=True):
+    """Fact: the host pool has so many slots now."""
+
+    slots: int
+    is_all: bool
+    longest: int | None = None
+    """Most tokens of one sequence, if that changed: not all of the pool could be had."""
+
+
 SchedulerMail = (
     Submit
+    | PoolGrown
     | Cancel
     | Drain
     | IterationRan
@@ -291,6 +301,7 @@ DeliveryMail = SequencesAdvanced | Drained
 
 AnyMessage = (
     Submit
+    | PoolGrown
     | Cancel
     | Drain
     | IterationRan

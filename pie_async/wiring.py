@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import logging
 import secrets
 from collections.abc import Callable
 from typing import Any
@@ -14,15 +16,20 @@ from pie_async.actors.scheduler import Neighbours, SchedulerActor
 from pie_async.actors.swap_in import SwapInActor
 from pie_async.actors.swap_out import SwapOutActor
 from pie_async.assembly import Parts
+from pie_async.assembly.sizing import SPARE_SLOTS
 from pie_async.config import EngineConfig
 from pie_async.core.headroom import Expansion
 from pie_async.core.residency import ResidencyMap
 from pie_async.core.schedule import Schedule
 from pie_async.device.launcher import Launcher
+from pie_async.errors import MailboxClosed
+from pie_async.messages import PoolGrown
 from pie_async.request_stream import RequestStream
 from pie_async.runtime.actor import Actor
 from pie_async.runtime.supervisor import Supervisor
 from pie_async.story import Story
+
+_log = logging.getLogger(__name__)
 
 
 class Actors:
@@ -35,7 +42,15 @@ class Actors:
         story: Story,
         *,
         on_finished: Callable[[RequestStream], None],
+        on_shorter: Callable[[int], None],
     ) -> None:
+        """Connect them.
+
+        Args:
+            on_finished: called with every request that ended.
+            on_shorter: called if sequences have to be shorter than planned, with their most
+                tokens: the operating system would not pin the whole pool.
+        """
         observer = story.note
         schedule = _schedule(parts, config)
         self.scheduler = SchedulerActor(
@@ -57,7 +72,11 @@ class Actors:
         self.most_streamed = _most_streamed(parts)
         if config.streamed_blocks is None and self.most_streamed:
             block_bytes = parts.device.memory.layout.block_bytes
-            headroom = Expansion(block_bytes=block_bytes, most_blocks=self.most_streamed)
+            headroom = Expansion(
+                block_bytes=block_bytes,
+                most_blocks=self.most_streamed,
+                decode_floor_s=parts.decode_floor_s,
+            )
             governor = ExpansionGovernorActor(headroom, to_scheduler, observer=observer)
             actors.append(governor)
         self.scheduler.connect(
@@ -70,6 +89,20 @@ class Actors:
             )
         )
         self.supervisor = Supervisor(actors, parts.device)
+        self._memory = parts.device.memory
+        self._on_shorter = on_shorter
+        parts.device.watch_pool(self._pool_grown)
+
+    def _pool_grown(self, slots: int, refusal: str | None) -> None:
+        memory, longest = self._memory, None
+        if refusal is not None:
+            usable = memory.device_slots + min(slots, memory.staging_slots) - SPARE_SLOTS
+            longest = max(0, usable) * memory.layout.block_tokens
+            self._on_shorter(longest)
+            _log.warning("%s. Going on with that: sequences of %d tokens at most", refusal, longest)
+        is_all = refusal is not None or slots >= memory.host_slots
+        with contextlib.suppress(MailboxClosed):
+            self.scheduler.mailbox.post(PoolGrown(slots=slots, is_all=is_all, longest=longest))
 
 
 def _schedule(parts: Parts, config: EngineConfig) -> Schedule:
@@ -77,7 +110,7 @@ def _schedule(parts: Parts, config: EngineConfig) -> Schedule:
     return Schedule(
         residency=ResidencyMap(
             device_slots=memory.device_slots,
-            host_slots=memory.host_slots,
+            host_slots=memory.first_host_slots,
             staging_slots=memory.staging_slots,
             first_staging_slot=memory.first_staging_slot,
         ),
@@ -87,6 +120,7 @@ def _schedule(parts: Parts, config: EngineConfig) -> Schedule:
         eos_ids=parts.eos_ids,
         shares_prefixes=config.prefix_caching,
         prefix_seed=secrets.token_bytes(32),
+        awaits_pool=memory.first_host_slots < memory.host_slots,
         streamed_limit=min(config.streamed_blocks or 0, _most_streamed(parts)),
     )
 

@@ -23,6 +23,7 @@ from pie_async.messages import (
     IterationObserved,
     IterationRan,
     IterationStaged,
+    PoolGrown,
     PromptLogprobs,
     RunIteration,
     SchedulerMail,
@@ -115,6 +116,8 @@ class SchedulerActor(Actor[SchedulerMail]):
                 schedule.streamed_limit = mail.limit_blocks
                 schedule.least_streamed = mail.least_blocks
                 self._totals = msgspec.structs.replace(self._totals, governor_reason=mail.reason)
+            case PoolGrown():
+                self._tell(schedule.pool_grown(mail), NO_ITERATION)
             case Drain():
                 self._is_draining = True
             case _:

@@ -29,13 +29,16 @@ from pie_async.config import EngineConfig
 from pie_async.core.layout import KvLayout
 from pie_async.core.token_budget import IterationCost, tokens_within
 from pie_async.errors import ConfigError
+from pie_async.hardware import require_poolable
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from pie_async.cuda.attention_choice import Attention
     from pie_async.cuda.card_memory import CardMemory
     from pie_async.cuda.driver import Driver
+    from pie_async.cuda.flashinfer_attention import Heads
     from pie_async.cuda.fused_decoder import Product
     from pie_async.cuda.fused_runner import FusedRunner
     from pie_async.cuda.plain_runner import PlainRunner
@@ -58,10 +61,12 @@ def assemble_cuda(config: EngineConfig, progress: Progress | None) -> Parts:
     from pie_async.cuda.device import CudaDevice
     from pie_async.cuda.driver import Driver
 
+    require_poolable(config.host_pool_bytes)
     files = read_files(config)
     require_cuda("fp8" if files.config.quantization else None)  # the checkpoint's own
     check_kernels(config, files.config)
     dtype: torch.dtype = getattr(torch, files.dtype_name)
+    check_attention(config, files.config, dtype)
     driver = Driver(torch.device("cuda"))
     memory = CardMemory(driver, config.gpu_memory)
     memory.require_weights(files.config.weight_bytes(dtype.itemsize), files.dtype_name)
@@ -69,9 +74,10 @@ def assemble_cuda(config: EngineConfig, progress: Progress | None) -> Parts:
     decoder = load(config, files, dtype, driver.device, progress)
     layout = model_layout(config, files.config, dtype.itemsize)
     product = _tuned(config, limits, decoder)
+    attention = _attention(config, files.config, dtype, driver.device)
     staging_slots = count_staging_slots(config, layout, count_host_slots(config, layout))
     device_slots = _cuda_slots(
-        config, files, layout, dtype, decoder, memory, limits, product, staging_slots
+        config, files, layout, dtype, decoder, memory, limits, product, attention, staging_slots
     )
     sizes = size_up(config, files, layout, device_slots, staging_slots=staging_slots)
     device = CudaDevice(
@@ -83,11 +89,15 @@ def assemble_cuda(config: EngineConfig, progress: Progress | None) -> Parts:
         dtype=dtype,
         poisons=config.debug,
     )
-    runner = _cuda_runner(config, limits, sizes, decoder, product, device.arena.layers)
+    runner = _cuda_runner(config, limits, sizes, decoder, product, attention, device.arena.layers)
     device.load(runner)
     memory.settle(runner)
     parts = make_parts(config, files, sizes, limits, device)
-    return msgspec.structs.replace(parts, gpu_memory=lambda: memory.report(runner))
+    return msgspec.structs.replace(
+        parts,
+        decode_floor_s=memory.report(runner).weight_bytes / driver.memory_bytes_per_s,
+        gpu_memory=lambda: memory.report(runner),
+    )
 
 
 def check_kernels(config: EngineConfig, model: ModelConfig) -> None:
@@ -110,6 +120,33 @@ def check_kernels(config: EngineConfig, model: ModelConfig) -> None:
             f"{LARGEST_HEAD_DIM}; use kernels torch, which is slow",
             option="kernels",
         )
+
+
+def check_attention(config: EngineConfig, model: ModelConfig, dtype: torch.dtype) -> None:
+    """Refuse a FlashInfer that is asked for and cannot be used, before anything is loaded.
+
+    Raises:
+        ConfigError: says why.
+    """
+    if config.attention != "flashinfer":
+        return
+    import torch
+
+    from pie_async.cuda.flashinfer_attention import refusal
+
+    reason = refusal(_heads(config, model, dtype), torch.cuda.get_device_capability())
+    if config.kernels == "torch":
+        reason = "kernels torch computes everything with torch"
+    elif None not in model.windows:
+        reason = f"{config.model} attends within a window in every layer, which Triton computes"
+    if reason is not None:
+        raise ConfigError(f"attention flashinfer cannot be used: {reason}", option="attention")
+
+
+def _heads(config: EngineConfig, model: ModelConfig, dtype: torch.dtype) -> Heads:
+    from pie_async.cuda.flashinfer_attention import Heads
+
+    return Heads(model.num_heads, model.kv_heads, model.head_dim, config.block_tokens, dtype)
 
 
 def _cuda_limits(
@@ -146,6 +183,7 @@ def _cuda_slots(
     memory: CardMemory,
     limits: Limits,
     product: Product | None,
+    attention: Attention,
     staging_slots: int,
 ) -> int:
     """Slots of the arena: as configured, or what is left under the cap."""
@@ -153,7 +191,7 @@ def _cuda_slots(
     longest = config.max_model_len or files.config.max_positions
     profiled = Sizes(layout, 0, 0, staging_slots, longest, 0)
     return memory.plan(
-        lambda layers: _cuda_runner(config, limits, profiled, decoder, product, layers),
+        lambda layers: _cuda_runner(config, limits, profiled, decoder, product, attention, layers),
         layout,
         dtype,
         device_slots=wanted,
@@ -176,12 +214,24 @@ def _tuned(config: EngineConfig, limits: Limits, decoder: Decoder) -> Product | 
     return tuner
 
 
+def _attention(
+    config: EngineConfig, model: ModelConfig, dtype: torch.dtype, device: torch.device
+) -> Attention:
+    """What attention of prompts is computed with, in layers without a window."""
+    if config.kernels == "torch" or None not in model.windows:
+        return "triton"
+    from pie_async.cuda.attention_choice import choose_attention
+
+    return choose_attention(config.attention, _heads(config, model, dtype), device)
+
+
 def _cuda_runner(
     config: EngineConfig,
     limits: Limits,
     sizes: Sizes,
     decoder: Decoder,
     product: Product | None,
+    attention: Attention,
     layers: Sequence[Tensor],
 ) -> PlainRunner | FusedRunner:
     from pie_async.cuda.plain_runner import PlainRunner
@@ -206,4 +256,5 @@ def _cuda_runner(
         max_tokens=limits.token_budget,
         product=product,
         uses_graphs=config.cuda_graphs,
+        uses_flashinfer=attention == "flashinfer",
     )

@@ -37,6 +37,7 @@ def assemble_sim(config: EngineConfig) -> Parts:
         first_staging_slot=device_slots,
         staging_slots=host_slots,
         host_slots=host_slots,
+        first_host_slots=host_slots,
     )
     cost = CostModel(gpu=gpu_named(config.sim_gpu), link=link_named(config.sim_link), shape=shape)
     info = ModelInfo(
@@ -55,4 +56,5 @@ def assemble_sim(config: EngineConfig) -> Parts:
         model=info,
         eos_ids=frozenset(),
         limits=default_limits(config),
+        decode_floor_s=shape.weight_bytes / cost.gpu.hbm_bytes_per_s,
     )

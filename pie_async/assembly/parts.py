@@ -49,5 +49,7 @@ class Parts(msgspec.Struct, frozen=True, kw_only=True):
     model: ModelInfo
     eos_ids: frozenset[int]
     limits: Limits
+    decode_floor_s: float = 0.0
+    """No iteration is shorter: it reads the weights. 0: unknown."""
     gpu_memory: Callable[[], GpuMemory] | None = None
     """Where the card's memory is, as of the call; None without a card."""

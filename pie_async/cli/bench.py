@@ -321,8 +321,8 @@ def _report(
     engine: EngineConfig | None,
     pool: PoolSummary | None,
 ) -> Report:
-    from pie_async.cli.hardware import read_hardware
     from pie_async.cli.report import Report
+    from pie_async.hardware import read_hardware
 
     hardware = read_hardware()
     is_simulated = engine is not None and engine.device == "sim"

@@ -10,11 +10,11 @@ import msgspec
 import typer
 
 from pie_async import __version__
-from pie_async.cli.hardware import Hardware, memory_warning, read_hardware
 from pie_async.cli.options import MODEL, with_engine_flags
-from pie_async.cli.plan import MemoryPlan, memory_plan, plan_lines
+from pie_async.cli.plan import MemoryPlan, memory_plan, memory_warning, plan_lines
 from pie_async.config import BUILTIN_MODEL, MIB, EngineConfig, format_size
 from pie_async.errors import ConfigError
+from pie_async.hardware import Hardware, read_hardware
 
 COPY_BYTES = 64 * MIB
 COPY_S = 0.2

@@ -13,6 +13,7 @@ import typer
 
 from pie_async.config import (
     DEVICE_KV_BYTES,
+    Attention,
     DeviceName,
     DtypeName,
     EngineConfig,
@@ -187,6 +188,11 @@ FLAGS: dict[str, _Flag] = {
         "--kernels", one_of(*get_args(Kernels)), "|".join(get_args(Kernels)),
         "torch computes with torch's own operators, slowly, as a reference (cuda).",
         _DEFAULTS.kernels,
+    ),
+    "attention": _Flag(
+        "--attention", one_of(*get_args(Attention)), "|".join(get_args(Attention)),
+        "What attention of prompts is computed with; auto: what was measured faster (cuda).",
+        _DEFAULTS.attention,
     ),
     "cuda_graphs": _Flag(
         "--cuda-graphs", None, None,

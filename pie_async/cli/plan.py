@@ -26,6 +26,7 @@ from pie_async.config import (
     format_size,
 )
 from pie_async.core.layout import KvLayout
+from pie_async.hardware import read_hardware, usable_bytes
 
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
@@ -204,4 +205,22 @@ def _sim_shape(config: EngineConfig) -> _Shape:
         weight_bytes=shape.weight_bytes,
         max_positions=SIM_POSITIONS,
         layout=sim_layout(config, shape),
+    )
+
+
+def memory_warning(plan: MemoryPlan) -> str | None:
+    """What to lower if the plan exceeds this machine's memory; None if it fits."""
+    usable = usable_bytes(read_hardware())
+    if plan.family == "simulated" or usable is None:
+        return None
+    wanted = plan.host_pool_bytes
+    if not plan.is_on_gpu:
+        wanted += plan.weight_bytes + plan.device_kv_bytes
+    if wanted <= usable:
+        return None
+    parts = "the pool" if plan.is_on_gpu else "weights, arena and pool"
+    flags = "--host-pool" if plan.is_on_gpu else "--host-pool or --device-kv"
+    return (
+        f"warning: {parts} may take {format_size(wanted)}, but {format_size(usable)} of memory "
+        f"are free; lower {flags}"
     )

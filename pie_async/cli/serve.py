@@ -8,9 +8,8 @@ from typing import Annotated
 
 import typer
 
-from pie_async.cli.hardware import memory_warning
 from pie_async.cli.options import MODEL, size, with_engine_flags
-from pie_async.cli.plan import memory_plan, plan_lines
+from pie_async.cli.plan import memory_plan, memory_warning, plan_lines
 from pie_async.cli.running import messages, run_async, started
 from pie_async.config import BUILTIN_MODEL, EngineConfig
 from pie_async.errors import ConfigError

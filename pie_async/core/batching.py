@@ -43,7 +43,7 @@ def plan_iteration(schedule: Schedule, iteration: IterationId) -> IterationPlan:
         before = _position(schedule)
         plan = _plan_once(schedule, iteration)
         moves = plan.swap_out or plan.swap_in or schedule.has_moves
-        if plan.rows or moves or schedule.in_flight or schedule.is_idle:
+        if plan.rows or moves or schedule.in_flight or schedule.is_idle or schedule.awaits_pool:
             return plan
         # Nothing is under way that could report back: making room must have made some.
         assert _position(schedule) != before, f"the schedule is stuck: {before}"

@@ -48,6 +48,8 @@ class Expansion(msgspec.Struct, frozen=True, kw_only=True):
     limit_blocks: int = 0
     link_bytes_per_s: float = 0.0
     """Measured; 0 until something was copied."""
+    decode_floor_s: float = 0.0
+    """No iteration is shorter, as far as the device is known; 0: unknown."""
     decode_s: float = 0.0
     """Compute time of a decode-only iteration, without stall; 0 until one ran."""
     stall_share: float = 0.0
@@ -58,11 +60,22 @@ class Expansion(msgspec.Struct, frozen=True, kw_only=True):
     reason: str = "nothing is streamed yet"
 
     @property
+    def is_measured(self) -> bool:
+        """Link and iteration are known, the latter at least from below: while prompts keep
+        coming no iteration may be decode-only for a long time."""
+        return self.link_bytes_per_s > 0 and self.hiding_s > 0
+
+    @property
+    def hiding_s(self) -> float:
+        """What staging may take in an iteration at most."""
+        return self.decode_s or self.decode_floor_s
+
+    @property
     def bound_blocks(self) -> int:
         """Blocks whose staging hides behind a decode-only iteration."""
-        if not self.link_bytes_per_s or not self.decode_s:
+        if not self.is_measured:
             return min(self.limit_blocks + FIRST_STEP_BLOCKS, self.most_blocks)
-        hidden = LINK_SHARE * self.link_bytes_per_s * self.decode_s / self.block_bytes
+        hidden = LINK_SHARE * self.link_bytes_per_s * self.hiding_s / self.block_bytes
         return min(int(hidden), self.most_blocks)
 
 
@@ -77,8 +90,8 @@ def decide(state: Expansion, seen: IterationObserved) -> Expansion:
     if seen.streamed_blocks and _stalls(state):
         return _shrink_on_stall(state, seen)
     bound = state.bound_blocks
-    if state.limit_blocks > bound and state.decode_s:
-        return _set(state, bound, f"{bound} blocks hide behind a {state.decode_s:.4g} s decode")
+    if state.limit_blocks > bound and state.is_measured:
+        return _set(state, bound, f"{bound} blocks hide behind a {state.hiding_s:.4g} s decode")
     if seen.wanted_blocks == 0 and seen.streamed_blocks == 0:
         return _set(state, 0, "everything fits on the device")
     if seen.wanted_blocks > HEADROOM_SHARE * state.limit_blocks and bound > state.limit_blocks:
@@ -122,7 +135,7 @@ def _expand(state: Expansion, wanted: int, bound: int) -> Expansion:
     careful_from = max(int(CAREFUL_FROM * bound), FIRST_STEP_BLOCKS)
     if state.limit_blocks < careful_from:
         grown = max(2 * state.limit_blocks, FIRST_STEP_BLOCKS)
-        if state.link_bytes_per_s and state.decode_s:
+        if state.is_measured:
             grown = max(grown, int(KNOWN_STEP * bound))
         grown = min(grown, careful_from)
     else:

@@ -18,7 +18,7 @@ from pie_async.core.residency import Block, ResidencyMap
 from pie_async.core.sequence import Sequence, State
 from pie_async.core.slots import SlotPool
 from pie_async.ids import BlockId, IterationId, Lane, SequenceId
-from pie_async.messages import Advance, BlockMove, Row, SampledToken, Submit
+from pie_async.messages import Advance, BlockMove, PoolGrown, Row, SampledToken, Submit
 from pie_async.outputs import FinishReason
 
 _by_order = attrgetter("order")
@@ -71,6 +71,9 @@ class Schedule:
     """Blocks that may be streamed, as the governor says."""
     least_streamed: int = 0
     """Blocks that are streamed even where everything fits: for measurements."""
+
+    awaits_pool: bool = False
+    """More of the host pool is being pinned: what finds no room yet has something to wait for."""
 
     sequences: dict[SequenceId, Sequence] = field(default_factory=dict)
     running: list[Sequence] = field(default_factory=list)
@@ -139,6 +142,20 @@ class Schedule:
         return advances
 
     # --- facts ------------------------------------------------------------------------------
+
+    def pool_grown(self, grown: PoolGrown) -> list[Advance]:
+        """The host pool has more slots. If the memories will not hold what they were meant to,
+        sequences end where they are full, those at once whose prompt alone is too long."""
+        self.residency.host.grow(grown.slots)
+        self.awaits_pool = not grown.is_all
+        if grown.longest is None:
+            return []
+        too_long = []
+        for seq in self.sequences.values():
+            seq.max_tokens = min(seq.max_tokens, grown.longest - seq.prompt_len)
+            if seq.max_tokens < 1:
+                too_long.append(seq.id)
+        return self.cancel(too_long, "abort")
 
     def settle(
         self, iteration: IterationId, sampled: Iterable[SampledToken]

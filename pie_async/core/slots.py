@@ -50,6 +50,16 @@ class SlotPool:
         self._lowest.push(index)
         self._highest.push(-index)
 
+    def grow(self, size: int) -> None:
+        """So many slots from now on; never fewer than before."""
+        more = range(self.size, size)
+        self.size = max(self.size, size)
+        self._is_free.extend(b"\x01" * len(more))
+        self._num_free += len(more)
+        for index in more:
+            self._lowest.push(index)
+            self._highest.push(-index)
+
     def is_free(self, slot: int) -> bool:
         index = slot - self.first
         return 0 <= index < self.size and bool(self._is_free[index])

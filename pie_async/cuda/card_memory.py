@@ -11,7 +11,9 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 import msgspec
+import torch
 
+from pie_async.config import format_size
 from pie_async.core.layout import KvLayout
 from pie_async.cuda.memory_budget import (
     FEWEST_SLOTS,
@@ -23,11 +25,12 @@ from pie_async.cuda.memory_budget import (
     require_weights,
     share_out,
 )
+from pie_async.cuda.profiling import PLAIN, WIDEST
 from pie_async.cuda.vmm import DeviceArena
+from pie_async.errors import ConfigError
+from pie_async.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
-    import torch
-
     from pie_async.cuda.driver import Driver
 
 _log = logging.getLogger(__name__)
@@ -36,18 +39,22 @@ _log = logging.getLogger(__name__)
 class ProfiledRunner(Protocol):
     """What measuring asks of a model runner."""
 
+    has_room: Callable[[], bool]
+    """Asked, on the launch thread, before a graph is captured later than at the start."""
+
     @property
     def graph_bytes(self) -> int:
         """What the graphs captured so far take."""
 
-    def profile(self, num_tokens: int) -> int:
-        """Run an eager pass of that many tokens, as much prefill as it can be; writes no KV.
+    def profile(self, num_tokens: int, sampling: SamplingParams) -> int:
+        """Run an eager pass of `largest_iteration`, which writes slot 0 and binds lanes: so it is
+        for a runner that nobody uses yet.
 
         Returns: bytes of torch's memory that it needed at its peak, beyond what it found in use.
         """
 
 
-MakeRunner = Callable[[Sequence["torch.Tensor"]], ProfiledRunner]
+MakeRunner = Callable[[Sequence[torch.Tensor]], ProfiledRunner]
 """From the arena's layers."""
 
 
@@ -125,16 +132,22 @@ class CardMemory:
     def settle(self, runner: ProfiledRunner) -> None:
         """Everything is set up: keep torch below the cap from now on, and say where memory is."""
         self._driver.synchronize_device()
-        torch_bytes = self._driver.torch_bytes()
-        beside_bytes = self._used_bytes() - (torch_bytes - self._torch_bytes)
-        limit_bytes = self._cap_bytes - beside_bytes - SLACK_BYTES
-        self._driver.limit_torch(self._torch_bytes + limit_bytes)
+        self._limit_torch(SLACK_BYTES)
+        runner.has_room = self.has_room
         for line in self.report(runner).lines():
             _log.info("%s", line)
 
-    def report(self, runner: ProfiledRunner) -> GpuMemory:
-        """The plan, with what graphs take and what is in use as of now."""
+    def has_room(self) -> bool:
+        """Whether the largest iteration leaves something under the cap, for another graph: the
+        driver's memory for those is none of torch's, so torch's limit does not hold them."""
         assert self._plan is not None
+        missing_bytes = self._plan.activation_bytes - self._driver.torch_kept_bytes()
+        return self._used_bytes() + max(0, missing_bytes) < self._cap_bytes
+
+    def report(self, runner: ProfiledRunner) -> GpuMemory:
+        """The plan, with what graphs take and what is in use as of now; from any thread."""
+        assert self._plan is not None
+        self._driver.enter_thread()
         return msgspec.structs.replace(
             self._plan,
             cap_bytes=self._cap_bytes,
@@ -145,6 +158,13 @@ class CardMemory:
     def _used_bytes(self) -> int:
         return self._card.used_bytes(self._driver.free_bytes())
 
+    def _limit_torch(self, reserve_bytes: int) -> None:
+        """Let torch take what is left under the cap, but for a reserve."""
+        torch_bytes = self._driver.torch_bytes()
+        beside_bytes = self._used_bytes() - (torch_bytes - self._torch_bytes)
+        limit_bytes = self._cap_bytes - beside_bytes - reserve_bytes
+        self._driver.limit_torch(self._torch_bytes + limit_bytes)
+
     def _profile(
         self,
         make_runner: MakeRunner,
@@ -154,22 +174,37 @@ class CardMemory:
         token_budget: int,
         decode_rows: int,
     ) -> tuple[int, int]:
-        """Work space of the largest iteration, with all that comes with it, and of a decode."""
+        """Work space of the largest iteration, with all that comes with it, and of a decode that
+        a graph can hold.
+
+        Raises:
+            ConfigError: there is not enough for the largest iteration.
+        """
         driver = self._driver
         before_bytes = self._used_bytes()
         arena = DeviceArena(driver, layout, device_slots=FEWEST_SLOTS, staging_slots=0, dtype=dtype)
         try:
             arena_bytes = self._used_bytes() - before_bytes
+            room_bytes = self.kv_room_bytes
+            self._limit_torch(0)
             runner = make_runner(arena.layers)
-            decode_bytes = runner.profile(decode_rows)
-            runner.profile(token_budget)
+            decode_bytes = runner.profile(decode_rows, PLAIN)
+            runner.profile(token_budget, WIDEST)
             # Compiling and tuning kernels took memory of its own, once: so measure again.
             driver.trim()
-            peak_bytes = runner.profile(token_budget)
+            peak_bytes = runner.profile(token_budget, WIDEST)
             driver.synchronize_device()
             # Of the driver's count too: kernels, tables, and what torch's allocator rounds up.
             grown_bytes = self._used_bytes() - before_bytes - arena_bytes
             del runner
+        except torch.OutOfMemoryError as error:
+            raise ConfigError(
+                f"an iteration of {token_budget} tokens does not fit into the "
+                f"{format_size(room_bytes)} that gpu_memory "
+                f"{format_size(self._cap_bytes)} leaves beside the weights; lower token_budget "
+                "or max_running_sequences, or raise gpu_memory",
+                option="token_budget",
+            ) from error
         finally:
             driver.synchronize_device()
             arena.close()

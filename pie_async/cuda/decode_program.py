@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pie_async.cuda.fused_decoder import Hidden
-from pie_async.cuda.fused_model import FusedModel
+from pie_async.cuda.fused_model import DRAWN, GREEDY, FusedModel
 from pie_async.cuda.graphs import Work, capture
 from pie_async.cuda.step_attention import StepAttention
+from pie_async.cuda.step_inputs import FedTokens, Updates
+from pie_async.messages import Row
 from pie_async.model.sampling import Needs, Sampled
+from pie_async.model.transfer import upload
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class DecodeProgram:
     """An iteration of one-token rows, padded to a bucket.
 
     Attributes:
-        fed: where its numbers are to be uploaded.
+        fed: where its numbers are uploaded to.
     """
 
     def __init__(
@@ -34,11 +41,14 @@ class DecodeProgram:
             needs: what is sampled within the graph; None: sampling stays outside.
             is_staged: a piece per layer group instead of one for everything.
             pool: the graphs' memory.
+
+        Raises:
+            torch.OutOfMemoryError: see `capture`.
         """
         self._model = model
         self._bucket = bucket
         self._needs = needs
-        self.fed = model.fed_tokens(bucket, most_updates(bucket))
+        self.fed: FedTokens
         self._step: StepAttention
         self._hidden: Hidden
         self._chosen: Sampled
@@ -49,9 +59,23 @@ class DecodeProgram:
             works.append(self._choose)
         if not is_staged:
             works = [self._everything]
-        model.upload(self.fed, (), {})
+        self._reserve()
+        self.upload((), {})
         self._pieces = capture(works, pool)
         self._num_layer_pieces = len(groups)
+
+    def _reserve(self) -> None:
+        """Say where the numbers will lie."""
+        self.fed = self._model.fed_tokens(self._bucket, most_updates(self._bucket))
+
+    def upload(self, rows: Sequence[Row], updates: Updates) -> None:
+        """Bring an iteration's numbers to the device.
+
+        Args:
+            rows: those of one token first.
+        """
+        model = self._model
+        model.upload(self.fed, rows, model.make_room(updates, self.fed.num_updates))
 
     @property
     def graph_bytes(self) -> int:
@@ -67,14 +91,33 @@ class DecodeProgram:
         if self._num_layer_pieces:
             self._pieces[1 + layers.start // self._model.layout.layer_group].replay()
 
-    def sample(self, needs: Needs) -> Sampled:
-        """The tokens of all rows, padding included; overwritten by the next iteration."""
+    def finish(self) -> None:
+        """The rest; sampling, if that is captured."""
         if self._needs is not None or not self._num_layer_pieces:
             self._pieces[-1].replay()
+
+    def sampled(self, rows: Sequence[Row], needs: Needs) -> Sampled:
+        """The tokens of those rows that are sampled; captured ones are overwritten by the next
+        iteration.
+
+        Args:
+            rows: that were uploaded; some of them are sampled.
+            needs: of these. Padding and rows that only feed a token are left out, for tokens
+                sampled out here are counted.
+        """
+        some = self._sampled_rows(rows)
         if self._needs is not None:
-            return self._chosen
-        fed = self.fed
-        return self._model.choose(self._hidden.shared(), fed.lanes, fed.positions + 1, needs)
+            return Sampled(some(self._chosen.tokens), None)
+        lanes, positions = some(self.fed.lanes), some(self.fed.positions) + 1
+        return self._model.choose(self._hidden.rows(some), lanes, positions, needs)
+
+    def _sampled_rows(self, rows: Sequence[Row]) -> Callable[[Tensor], Tensor]:
+        """Takes these rows out of a tensor over the bucket."""
+        which = [i for i, row in enumerate(rows) if row.is_sampled]
+        if len(which) == len(rows):
+            return lambda tensor: tensor[: len(which)]
+        index = upload(which, self._model.device)
+        return lambda tensor: tensor.index_select(0, index)
 
     def _everything(self) -> None:
         self._embed()
@@ -97,11 +140,12 @@ class DecodeProgram:
 
 
 def graphable(needs: Needs) -> Needs | None:
-    """What a graph can sample: only what reads the lanes' fixed numbers. None: not this."""
-    if needs.biases or needs.min_tokens or needs.penalties or needs.top_logprobs >= 0:
-        return None
-    # Depths that differ little share a graph; a deeper one gives the same result.
-    return needs._replace(top_k=1 << (needs.top_k - 1).bit_length() if needs.top_k else 0)
+    """What a graph samples: argmax, with noise or without. None: not this.
+
+    Everything else would make a graph for each combination that somebody thinks of, each with
+    work space of its own, and takes less time to launch than the layers before it to run.
+    """
+    return needs if needs in (GREEDY, DRAWN) else None
 
 
 def most_updates(bucket: int) -> int:

@@ -40,11 +40,18 @@ class Runner(Protocol):
     def warm_up(self) -> None:
         """Compile and capture what most iterations need."""
 
+    @property
+    def wants_graphs(self) -> bool:
+        """Whether `capture_wanted` has something to do."""
+
+    def capture_wanted(self) -> None:
+        """Capture what iterations lacked; while none is being launched."""
+
     def begin(self, command: RunIteration) -> Results: ...
     def run_layers(self, forward: Any, layers: range) -> None: ...
     def sample(self, forward: Any) -> None: ...
     def close(self) -> None:
-        """Free what is not torch's to free; no iteration is left."""
+        """Free what is not torch's to free, and let go of the weights; no iteration is left."""
 
 
 class CudaPass:
@@ -114,6 +121,7 @@ class CudaDevice:
             first_staging_slot=self.arena.first_staging_slot,
             staging_slots=staging_slots,
             host_slots=host_slots,
+            first_host_slots=self._host.pinned_slots,
         )
         self.compute = CudaStream("compute", driver)
         self.h2d = CudaStream("h2d", driver)
@@ -123,6 +131,7 @@ class CudaDevice:
         }
         self._poisons = poisons
         self._runner: Runner | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._issues: SimpleQueue[Work | None] = SimpleQueue()
         self._launcher = threading.Thread(target=self._launch, name="pie-launch", daemon=True)
 
@@ -134,6 +143,7 @@ class CudaDevice:
         self._runner = runner
 
     def start(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
         for waiter in self._waiters.values():
             waiter.start(loop)
         self._launcher.start()
@@ -170,6 +180,9 @@ class CudaDevice:
 
     def sample(self, forward: Pass) -> None:
         self._compute(lambda: self._model.sample(_model_pass(forward)))
+        if self._model.wants_graphs:
+            # Once this iteration's last event is recorded: its time is to be its own.
+            self.launch(lambda: self._compute(self._model.capture_wanted))
 
     def _compute(self, work: Work) -> None:
         """Issue torch operations to the compute stream."""
@@ -223,6 +236,16 @@ class CudaDevice:
     def span(self, first: Event, last: Event) -> Span:
         assert isinstance(first, CudaEvent) and isinstance(last, CudaEvent)
         return Span(last.busy_s - first.busy_s, last.waited_s - first.waited_s)
+
+    def watch_pool(self, grown: Callable[[int, str | None], None]) -> None:
+        loop = self._loop
+        assert loop is not None, "start() comes first"
+
+        def tell(slots: int, refusal: str | None) -> None:
+            with suppress(RuntimeError):  # the loop is closed: nobody is left to be told
+                loop.call_soon_threadsafe(grown, slots, refusal)
+
+        self._host.watch(tell)
 
     async def drain(self) -> None:
         loop = asyncio.get_running_loop()

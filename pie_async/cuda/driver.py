@@ -145,6 +145,19 @@ class Driver:
         return int(_checked(cuda.cuMemGetInfo(), "asking for the memory's size")[1])
 
     @property
+    def memory_bytes_per_s(self) -> float:
+        """Fastest that the card's memory can be read, by its clock and width."""
+        attribute = cuda.CUdevice_attribute
+        clock_khz, width_bits = (
+            _checked(cuda.cuDeviceGetAttribute(each, self._gpu), "asking for the memory's rate")
+            for each in (
+                attribute.CU_DEVICE_ATTRIBUTE_MEMORY_CLOCK_RATE,
+                attribute.CU_DEVICE_ATTRIBUTE_GLOBAL_MEMORY_BUS_WIDTH,
+            )
+        )
+        return 2 * float(clock_khz) * 1e3 * float(width_bits) / 8
+
+    @property
     def name(self) -> str:
         """What the card is called."""
         return torch.cuda.get_device_name(self.device)
@@ -152,6 +165,10 @@ class Driver:
     def torch_bytes(self) -> int:
         """Memory that torch has taken from the driver, in use or kept for later."""
         return torch.cuda.memory_reserved(self.device)
+
+    def torch_kept_bytes(self) -> int:
+        """Of `torch_bytes`, what is in no tensor now."""
+        return self.torch_bytes() - torch.cuda.memory_allocated(self.device)
 
     def limit_torch(self, num_bytes: int) -> None:
         """Let torch take no more than this; it gives back what it keeps before it fails."""

@@ -52,17 +52,11 @@ class Hidden:
         self.residual = residual
         self.pending: Tensor | None = None
 
-    def rows(self, rows: Tensor) -> Hidden:
-        """A copy of these rows."""
-        some = Hidden(self.residual.index_select(0, rows))
-        some.pending = None if self.pending is None else self.pending.index_select(0, rows)
-        return some
-
-    def shared(self) -> Hidden:
-        """The same tensors, for work that will carry the sum out again."""
-        same = Hidden(self.residual)
-        same.pending = self.pending
-        return same
+    def rows(self, some: Callable[[Tensor], Tensor]) -> Hidden:
+        """Some rows, for work that carries the sum out; once, if they are views."""
+        part = Hidden(some(self.residual))
+        part.pending = None if self.pending is None else some(self.pending)
+        return part
 
     def sum(self) -> Tensor:
         """[n, hidden] as the reference decoder has it after a layer."""

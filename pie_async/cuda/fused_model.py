@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -16,11 +17,20 @@ from pie_async.cuda.step_inputs import FedTokens, Updates, Uploader
 from pie_async.messages import LaneBinding, Row
 from pie_async.model.decoder import Decoder
 from pie_async.model.lanes import Lanes
-from pie_async.model.sampling import Needs, Sampled
+from pie_async.model.sampling import Needs, Sampled, TokenLogprobs
 
 GREEDY = Needs()
+DRAWN = Needs(draws=True)
 PAD_TOKENS = 8
 """Tokens of an iteration without a graph are padded to a multiple: cuBLAS likes it."""
+SPARE_ROWS = 16
+"""Rows of prompts that a graph has room for beside those of one token."""
+_MOST_UPDATES = 1 << 16
+"""Block-table updates of one copy: with room for all entries of all lanes, four pinned buffers
+for 256 lanes of a million tokens would take a gigabyte."""
+_ROWS_AT_ONCE = 64
+"""Rows that truncation, penalties and logprobs work on together: each takes some 90 bytes of work
+space per token of the vocabulary, 740 MB for 64 rows of 128256."""
 
 
 class FusedModel:
@@ -28,6 +38,7 @@ class FusedModel:
 
     Attributes:
         padding_lane: a row of the tables that no sequence has.
+        most_updates: of the block tables, that can come with an iteration.
     """
 
     def __init__(
@@ -40,6 +51,7 @@ class FusedModel:
         max_blocks: int,
         max_tokens: int,
         product: Product,
+        uses_flashinfer: bool = False,
     ) -> None:
         device, config = decoder.device, decoder.config
         self.device = device
@@ -51,12 +63,17 @@ class FusedModel:
         self._tables = torch.zeros(lanes + 1, max_blocks, dtype=torch.int32, device=device)
         self._last_tokens = torch.zeros(lanes + 1, dtype=torch.int64, device=device)
         self._prompt_lens = torch.zeros(lanes + 1, dtype=torch.int64, device=device)
-        self.attention = PagedAttention(config, kv, self._tables, max_rows=lanes)
-        self.lanes = Lanes(lanes + 1, config.vocab_size, device, self._float_logits)
-        tables, tiles = 2 * lanes * (max_blocks + 1), 4 * (max_tokens + lanes)
-        self._uploader = Uploader(
-            3 * (max_tokens + PAD_TOKENS) + tables + 3 * lanes + tiles, device
+        self.attention = PagedAttention(
+            config, kv, self._tables, max_rows=lanes, uses_flashinfer=uses_flashinfer
         )
+        self.lanes = Lanes(lanes + 1, config.vocab_size, device, self._float_logits)
+        self.most_updates = min(lanes * max_blocks, _MOST_UPDATES)
+        # Padded as graphs pad them: rows of one token beside as many of prompts as fit, a table
+        # update for each, a few rows of prompts more.
+        tokens, rows = lanes + max_tokens + PAD_TOKENS, lanes + SPARE_ROWS
+        updates = 2 * (self.most_updates + tokens)
+        tiles = 4 * (max_tokens + rows)
+        self._uploader = Uploader(3 * tokens + updates + 3 * rows + tiles, device)
 
     def bind(self, bindings: Sequence[LaneBinding]) -> None:
         """Sequences take over lanes."""
@@ -65,9 +82,15 @@ class FusedModel:
             for binding in bindings:
                 self._prompt_lens[binding.lane].fill_(binding.prompt_len)
 
-    def fed_tokens(self, num_tokens: int, num_updates: int) -> FedTokens:
+    def fed_tokens(
+        self, num_tokens: int, num_updates: int, *, prompts_at: int | None = None
+    ) -> FedTokens:
         """Where that many tokens and updates lie once they are uploaded."""
-        return FedTokens(self._uploader.device_buffer, num_tokens, num_updates)
+        return FedTokens(self._uploader.device_buffer, num_tokens, num_updates, prompts_at)
+
+    def more_numbers(self, fed: FedTokens, count: int) -> Tensor:
+        """Where that many numbers lie that are uploaded with them."""
+        return self._uploader.device_buffer[fed.size : fed.size + count]
 
     def upload(
         self, fed: FedTokens, rows: Sequence[Row], updates: Updates, more: Tensor | None = None
@@ -88,15 +111,31 @@ class FusedModel:
             size += len(more)
             array[fed.size : size] = more.numpy()
         self._uploader.upload(size)
-        return self._uploader.device_buffer[fed.size : size]
+        return self.more_numbers(fed, size - fed.size)
+
+    def make_room(self, updates: Updates, most: int) -> Updates:
+        """These updates, or, if there are more than `most`, none: then they are made now."""
+        if len(updates) <= most:
+            return updates
+        rest = iter(updates.items())
+        while some := dict(islice(rest, self.most_updates)):
+            fed = self.fed_tokens(0, len(some))
+            self.upload(fed, (), some)
+            apply_updates(self._tables, fed.updates)
+        return {}
 
     def embed(
-        self, fed: FedTokens, *, decode_tokens: int, tiles: Tensor | None
+        self,
+        fed: FedTokens,
+        *,
+        decode_tokens: int,
+        tiles: Tensor | None,
+        chunks: Sequence[Row] = (),
     ) -> tuple[StepAttention, Hidden]:
         """Everything before the first layer, from numbers that are uploaded.
 
         Args:
-            decode_tokens, tiles: see `StepAttention`.
+            decode_tokens, tiles, chunks: see `StepAttention`.
         """
         apply_updates(self._tables, fed.updates)
         token_ids, places = resolve(
@@ -107,8 +146,6 @@ class FusedModel:
             self._tables,
             self.layout.block_tokens,
         )
-        if self.lanes.counts_tokens:
-            self.lanes.sampler.observe(fed.lanes.long(), token_ids)
         step = StepAttention(
             self.attention,
             positions=fed.positions,
@@ -117,6 +154,7 @@ class FusedModel:
             rotation=self._rotation(fed),
             decode_tokens=decode_tokens,
             tiles=tiles,
+            chunks=chunks,
         )
         return step, self._fused.embed(token_ids, fed.positions)
 
@@ -136,7 +174,7 @@ class FusedModel:
         sampler = self.lanes.sampler
         if needs == GREEDY:
             chosen = Sampled(choose(logits, temperature=None), None)
-        elif needs == Needs(draws=True):
+        elif needs == DRAWN:
             temperature, keys = sampler.draw_inputs(lanes.long())
             tokens = choose(
                 logits,
@@ -147,9 +185,14 @@ class FusedModel:
             )
             chosen = Sampled(tokens, None)
         else:
-            chosen = sampler.sample(logits.float(), lanes.long(), positions.long(), needs)
+            chosen = self._sample(logits, lanes.long(), positions.long(), needs)
         remember(self._last_tokens, lanes, chosen.tokens)
         return chosen
+
+    def _sample(self, logits: Tensor, lanes: Tensor, positions: Tensor, needs: Needs) -> Sampled:
+        sample = self.lanes.sampler.sample
+        parts = [slice(i, i + _ROWS_AT_ONCE) for i in range(0, len(lanes), _ROWS_AT_ONCE)]
+        return _joined([sample(logits[p].float(), lanes[p], positions[p], needs) for p in parts])
 
     def _rotation(self, fed: FedTokens) -> tuple[Tensor, Tensor] | None:
         if self._rotary is None:
@@ -162,3 +205,14 @@ class FusedModel:
 
     def _float_logits(self, hidden: Tensor) -> Tensor:
         return self._fused.logits(Hidden(hidden)).float()
+
+
+def _joined(parts: Sequence[Sampled]) -> Sampled:
+    """What was sampled in several parts, as if it had been in one."""
+    if len(parts) == 1:
+        return parts[0]
+    tokens = torch.cat([part.tokens for part in parts])
+    logprobs = [part.logprobs for part in parts if part.logprobs is not None]
+    if not logprobs:
+        return Sampled(tokens, None)
+    return Sampled(tokens, TokenLogprobs(*map(torch.cat, zip(*logprobs, strict=True))))

@@ -1,29 +1,32 @@
 """Runs a decoder over paged KV with fused kernels and CUDA graphs.
 
 Iterations of one-token rows are padded to a bucket and replayed: the numbers come in one copy,
-the tokens of the last iteration are already on the GPU, and sampling is part of the graph.
-Everything else (prompts, scores, penalties) runs the same kernels one by one.
+the tokens of the last iteration are already on the GPU, and sampling is part of the graph where
+it takes no more than a temperature. Everything else (prompts, scores) runs the same kernels one
+by one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from pie_async.core.layout import KvLayout
-from pie_async.cuda.decode_program import DecodeProgram, graphable, most_updates
+from pie_async.cuda.decode_program import DecodeProgram
 from pie_async.cuda.fused_decoder import Product
-from pie_async.cuda.fused_model import GREEDY, PAD_TOKENS, FusedModel
-from pie_async.cuda.graphs import bucket_of, buckets
-from pie_async.cuda.step_inputs import Updates, flat_updates
+from pie_async.cuda.fused_model import DRAWN, GREEDY, PAD_TOKENS, FusedModel
+from pie_async.cuda.profiling import largest_iteration, longest_prompt, peak_bytes
+from pie_async.cuda.programs import Programs
+from pie_async.cuda.step_inputs import Updates, flat_updates, last_tokens
 from pie_async.cuda.tuning import product
 from pie_async.messages import Row, RunIteration
 from pie_async.model.decoder import Decoder
 from pie_async.model.lanes import Results
-from pie_async.model.sampling import Needs, Sampled, TokenLogprobs
-from pie_async.model.transfer import upload
+from pie_async.model.sampling import Needs
+from pie_async.sampling_params import SamplingParams
 
 _WARM_UP_TOKENS = 64
 
@@ -40,6 +43,7 @@ class FusedRunner:
         max_tokens: most tokens of an iteration.
         product: of the linear layers.
         uses_graphs: without them every kernel is launched from Python.
+        uses_flashinfer: for attention of prompts; see `attention_choice.py`.
     """
 
     def __init__(
@@ -53,6 +57,7 @@ class FusedRunner:
         max_tokens: int,
         product: Product = product,
         uses_graphs: bool = True,
+        uses_flashinfer: bool = False,
     ) -> None:
         self._model = FusedModel(
             decoder,
@@ -62,10 +67,18 @@ class FusedRunner:
             max_blocks=max_blocks,
             max_tokens=max_tokens,
             product=product,
+            uses_flashinfer=uses_flashinfer,
         )
-        self._largest = lanes if uses_graphs else 0
-        self._pool = torch.cuda.graph_pool_handle() if uses_graphs else None
-        self._programs: dict[tuple[int, Needs | None, bool], DecodeProgram] = {}
+        self._lanes = lanes
+        self.has_room: Callable[[], bool] = lambda: True
+        self._longest = longest_prompt(max_blocks, layout.block_tokens)
+        self._max_tokens = max_tokens
+        self._programs = Programs(
+            self._model,
+            largest=min(lanes, max_tokens) if uses_graphs else 0,
+            max_tokens=max_tokens,
+            pool=torch.cuda.graph_pool_handle() if uses_graphs else None,
+        )
 
     @torch.inference_mode()
     def begin(self, command: RunIteration) -> FusedPass:
@@ -73,12 +86,11 @@ class FusedRunner:
         model = self._model
         model.bind(command.bindings)
         updates = flat_updates(command.tables, model.max_blocks)
-        rows = sorted(command.rows, key=lambda row: row.num_tokens > 1)  # decode rows first
+        rows = _decode_rows_first(command.rows)
         needs = model.lanes.needs(row for row in rows if row.is_sampled)
-        bucket = self._bucket(rows, updates)
-        if bucket is None:
-            return LaunchedPass(model, rows, needs, updates)
-        program = self._program(bucket, graphable(needs), is_staged=command.is_staged)
+        program = self._programs.find(rows, needs, is_staged=command.is_staged)
+        if program is None:
+            return LaunchedPass(model, rows, needs, updates, is_staged=command.is_staged)
         return ReplayedPass(model, rows, needs, updates, program)
 
     @torch.inference_mode()
@@ -92,69 +104,68 @@ class FusedRunner:
         forward.sample()
 
     @property
+    def wants_graphs(self) -> bool:
+        """Whether an iteration was launched that could have been replayed."""
+        return self._programs.are_wanted
+
+    @torch.inference_mode()
+    def capture_wanted(self) -> None:
+        """See `Programs.capture_wanted`."""
+        self._programs.capture_wanted(self.has_room)
+
+    @property
     def graph_bytes(self) -> int:
         """What the graphs captured so far take."""
-        return sum(program.graph_bytes for program in self._programs.values())
+        return self._programs.graph_bytes
 
     @torch.inference_mode()
     def warm_up(self) -> None:
-        """Compile the kernels and capture the graphs of greedy decoding, largest first."""
-        self._run_padding(_WARM_UP_TOKENS)
-        for bucket in reversed(buckets(self._largest)) if self._largest else ():
-            self._program(bucket, GREEDY, is_staged=False)
+        """Compile the kernels and capture the graphs of greedy decoding."""
+        for needs in (DRAWN, GREEDY):
+            self._run_padding(min(_WARM_UP_TOKENS, self._max_tokens), needs)
+        self._programs.capture_greedy()
 
     def close(self) -> None:
-        """Free the graphs now: whenever a collection finds them, somebody else may be capturing."""
-        self._programs.clear()
+        """Free the graphs now: whenever a collection finds them, somebody else may be capturing.
+        And let go of the weights, whoever still holds the runner."""
+        self._programs.close()
+        del self._model
 
     @torch.inference_mode()
-    def profile(self, num_tokens: int) -> int:
-        """Bytes that an iteration of so many tokens takes beside weights and KV."""
-        self._run_padding(num_tokens)  # kernels and libraries keep what they allocate at first
-        torch.cuda.synchronize(self._model.device)
-        torch.cuda.reset_peak_memory_stats(self._model.device)
-        before = torch.cuda.memory_allocated(self._model.device)
-        self._run_padding(num_tokens)
-        torch.cuda.synchronize(self._model.device)
-        return torch.cuda.max_memory_allocated(self._model.device) - before
+    def profile(self, num_tokens: int, sampling: SamplingParams) -> int:
+        """See `ProfiledRunner`."""
+        command = largest_iteration(num_tokens, sampling, lanes=self._lanes, longest=self._longest)
+        return peak_bytes(partial(self._launch, command), self._model.device)
 
-    def _run_padding(self, num_tokens: int) -> None:
-        """A pass over nothing but padding: touches no KV, takes all the memory."""
+    def _launch(self, command: RunIteration) -> None:
+        model, rows = self._model, _decode_rows_first(command.rows)
+        model.bind(command.bindings)
+        forward = LaunchedPass(model, rows, model.lanes.needs(rows), {}, is_staged=False)
+        forward.run_layers(range(model.layout.num_layers))
+        forward.sample()
+
+    def _run_padding(self, num_tokens: int, needs: Needs) -> None:
+        """A pass over nothing but padding: touches no KV."""
         model = self._model
         fed = model.fed_tokens(num_tokens, 0)
         model.upload(fed, (), {})
         tiles = torch.full((1, 4), -1, dtype=torch.int32, device=model.device)
         step, hidden = model.embed(fed, decode_tokens=0, tiles=tiles)
         model.run_layers(range(model.layout.num_layers), hidden, step)
-        count = min(num_tokens, model.padding_lane)
-        rows = torch.zeros(count, dtype=torch.int32, device=model.device)
-        model.choose(hidden.rows(rows), fed.lanes[:count], fed.positions[:count], GREEDY)
-
-    def _bucket(self, rows: Sequence[Row], updates: Updates) -> int | None:
-        """The graphs' batch size for these rows; None: they run without one."""
-        lanes = self._model.lanes
-        if not rows or rows[-1].num_tokens > 1 or lanes.counts_tokens:
-            return None
-        if any(map(lanes.wants_scores, rows)):
-            return None
-        bucket = bucket_of(len(rows), self._largest)
-        return bucket if bucket is not None and len(updates) <= most_updates(bucket) else None
-
-    def _program(self, bucket: int, needs: Needs | None, *, is_staged: bool) -> DecodeProgram:
-        """The captured iteration; captured now, if it is not yet."""
-        key = (bucket, needs, is_staged)
-        if key not in self._programs:
-            self._programs[key] = DecodeProgram(
-                self._model, bucket, needs, is_staged=is_staged, pool=self._pool
-            )
-        return self._programs[key]
+        model.choose(hidden, fed.lanes, fed.positions, needs)
 
 
 class LaunchedPass(Results):
     """An iteration whose kernels are launched one by one."""
 
     def __init__(
-        self, model: FusedModel, rows: Sequence[Row], needs: Needs, updates: Updates
+        self,
+        model: FusedModel,
+        rows: Sequence[Row],
+        needs: Needs,
+        updates: Updates,
+        *,
+        is_staged: bool,
     ) -> None:
         super().__init__(rows)
         self._model = model
@@ -162,14 +173,19 @@ class LaunchedPass(Results):
         num_tokens = sum(row.num_tokens for row in rows)
         decode_tokens = sum(row.num_tokens == 1 for row in rows)
         self._sampled = [row for row in rows if row.is_sampled]
-        last = torch.tensor(list(_last_tokens(rows)), dtype=torch.int32).view(-1, 3).T
+        last = torch.tensor(list(last_tokens(rows, decode_tokens)), dtype=torch.int32).view(-1, 3).T
         tiles = model.attention.tiles(rows[decode_tokens:], decode_tokens)
+        updates = model.make_room(updates, model.most_updates)
         fed = model.fed_tokens(-(-num_tokens // PAD_TOKENS) * PAD_TOKENS, len(updates))
         more = model.upload(fed, rows, updates, torch.cat((last.flatten(), tiles.flatten())))
         self._last = more[: last.numel()].view(3, -1).unbind(0)
         tiles_there = more[last.numel() :].view(-1, 4)
         self._step, self._hidden = model.embed(
-            fed, decode_tokens=decode_tokens, tiles=tiles_there if len(tiles) else None
+            fed,
+            decode_tokens=decode_tokens,
+            tiles=tiles_there if len(tiles) else None,
+            # A FlashInfer plan is copied by a copy engine, where it would wait for staged KV.
+            chunks=() if is_staged else rows[decode_tokens:],
         )
 
     def run_layers(self, layers: range) -> None:
@@ -177,18 +193,22 @@ class LaunchedPass(Results):
             self._model.run_layers(layers, self._hidden, self._step)
 
     def sample(self) -> None:
+        """The last of it: by its events' time the next iteration is long being launched, and
+        must find the memory of this one."""
+        hidden = self._hidden
+        del self._hidden, self._step
         lanes = self._model.lanes
         if any(map(lanes.wants_scores, self.rows)):
-            self.scores = list(lanes.scores(self.rows, self._hidden.sum()))
+            self.scores = list(lanes.scores(self.rows, hidden.sum()))
         if self._sampled:
             rows, sampled_lanes, positions = self._last
-            hidden = self._hidden.rows(rows)
+            hidden = hidden.rows(lambda all_rows: all_rows.index_select(0, rows))
             chosen = self._model.choose(hidden, sampled_lanes, positions, self._needs)
             self.reports = lanes.report(self._sampled, chosen)
 
 
 class ReplayedPass(Results):
-    """A decode iteration that replays its graphs."""
+    """An iteration that replays its graphs."""
 
     def __init__(
         self,
@@ -202,39 +222,22 @@ class ReplayedPass(Results):
         self._model = model
         self._needs = needs
         self._program = program
-        model.upload(program.fed, rows, updates)
+        program.upload(rows, updates)
         program.begin()
 
     def run_layers(self, layers: range) -> None:
         self._program.run_layers(layers)
 
     def sample(self) -> None:
-        chosen = self._program.sample(self._needs)
-        which = [i for i, row in enumerate(self.rows) if row.is_sampled]
-        if len(which) == len(self.rows):
-            chosen = _map(chosen, lambda tensor: tensor[: len(which)])
-        else:
-            index = upload(which, self._model.device)
-            chosen = _map(chosen, lambda tensor: tensor.index_select(0, index))
-        if which:
-            sampled = [self.rows[i] for i in which]
+        self._program.finish()
+        sampled = [row for row in self.rows if row.is_sampled]
+        if sampled:
+            chosen = self._program.sampled(self.rows, self._needs)
             self.reports = self._model.lanes.report(sampled, chosen)
 
 
 FusedPass = LaunchedPass | ReplayedPass
 
 
-def _map(sampled: Sampled, of: Callable[[Tensor], Tensor]) -> Sampled:
-    logprobs = sampled.logprobs
-    return Sampled(
-        of(sampled.tokens), None if logprobs is None else TokenLogprobs(*map(of, logprobs))
-    )
-
-
-def _last_tokens(rows: Sequence[Row]) -> Iterator[tuple[int, int, int]]:
-    """Of each sampled row: where its last fed token is, its lane, the position to sample."""
-    end = 0
-    for row in rows:
-        end += row.num_tokens
-        if row.is_sampled:
-            yield end - 1, row.lane, row.start + row.num_tokens
+def _decode_rows_first(rows: Sequence[Row]) -> list[Row]:
+    return sorted(rows, key=lambda row: row.num_tokens > 1)

@@ -3,11 +3,16 @@
 An iteration with nothing streamed is one piece. One that streams is several, because a wait
 for copies that themselves wait for this iteration's layers cannot be captured with them: the
 beginning, a piece per layer group, and the end.
+
+All pieces share one pool of memory. What a later piece of the same iteration reads is kept by
+whoever captured it; everything else may be overwritten by whatever is replayed next, so an
+iteration's pieces are replayed one after the other, with no other iteration's in between.
 """
 
 from __future__ import annotations
 
 import gc
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -16,12 +21,16 @@ import torch
 
 Work = Callable[[], None]
 
+_capturing = threading.Lock()
+"""Two engines of a process take turns: they share the garbage collector."""
+
 
 class Piece:
     """Work that was captured.
 
     Attributes:
-        graph_bytes: memory that the graphs' pool grew by.
+        graph_bytes: what was free on the card before and is not now; others are taken to stand
+            still.
     """
 
     def __init__(self, work: Work, pool: Any) -> None:
@@ -33,22 +42,38 @@ class Piece:
         Args:
             pool: memory shared with the pieces that are replayed on the same stream.
         """
-        before = torch.cuda.memory_reserved()
+        free_bytes = torch.cuda.mem_get_info()[0]
         self._graph = torch.cuda.CUDAGraph()
-        with _no_collection():
-            # Other threads wait for events meanwhile; only this one's calls must be capturable.
-            self._graph.capture_begin(pool=pool, capture_error_mode="thread_local")
-            try:
-                work()
-            except BaseException:
-                with suppress(RuntimeError):  # the first error tells more
-                    self._graph.capture_end()
-                raise
-            self._graph.capture_end()
-        self.graph_bytes = torch.cuda.memory_reserved() - before
+        # Other threads wait for events meanwhile; only this one's calls must be capturable.
+        self._graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+        try:
+            work()
+        except BaseException:
+            with suppress(RuntimeError):  # the first error tells more
+                self._graph.capture_end()
+            raise
+        self._graph.capture_end()
+        self.graph_bytes = max(0, free_bytes - torch.cuda.mem_get_info()[0])
 
     def replay(self) -> None:
         self._graph.replay()
+
+
+def capture(pieces: Iterable[Work], pool: Any) -> list[Piece]:
+    """Run all of them once, to compile and warm up, then capture one after the other.
+
+    Meanwhile no other thread may record an event on the current stream, as torch does where
+    pinned memory is freed that its own copies there have used: it would count as captured, and
+    asking for it fails (pytorch/pytorch#193982). `model/transfer.py` leaves nothing to torch.
+
+    Raises:
+        torch.OutOfMemoryError: torch gives back nothing that it keeps while capturing.
+    """
+    pieces = list(pieces)
+    for work in pieces:
+        work()
+    with _capturing, _no_collection():
+        return [Piece(work, pool) for work in pieces]
 
 
 @contextmanager
@@ -61,14 +86,6 @@ def _no_collection() -> Iterator[None]:
     finally:
         if was_enabled:
             gc.enable()
-
-
-def capture(pieces: Iterable[Work], pool: Any) -> list[Piece]:
-    """Run all of them once, to compile and warm up, then capture one after the other."""
-    pieces = list(pieces)
-    for work in pieces:
-        work()
-    return [Piece(work, pool) for work in pieces]
 
 
 def bucket_of(num_rows: int, largest: int) -> int | None:

@@ -8,7 +8,7 @@ in order, by a thread.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from pie_async.config import MIB, format_size
@@ -18,6 +18,10 @@ from pie_async.errors import ConfigError
 
 if TYPE_CHECKING:
     from pie_async.cuda.driver import Driver
+
+Grown = Callable[[int, str | None], None]
+"""Told how many slots there are now, and why there will be no more, if the operating system
+refuses to pin them."""
 
 CHUNK_BYTES = 256 * MIB
 """Pinned in a tenth of a second; one layer of it is still one long copy."""
@@ -42,6 +46,7 @@ class HostArena:
         self._chunks: list[int] = []
         self._refusal: ConfigError | None = None
         self._is_closing = False
+        self._grown: Grown | None = None
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._pin_rest, name="pie-pin", daemon=True)
         if slots:
@@ -53,7 +58,7 @@ class HostArena:
     def pieces(self, layer: int, slot: int, count: int) -> Iterator[tuple[int, int]]:
         """(address, slots) of contiguous pieces that together are one layer of these slots.
 
-        Blocks until they are pinned.
+        Blocks until they are pinned; those that `watch` has told of are.
 
         Raises:
             ConfigError: the operating system refused to.
@@ -64,6 +69,17 @@ class HostArena:
             offset = (layer * self._chunk_slots + first) * self._slot_bytes
             yield self._chunk(chunk) + offset, length
             slot, count = slot + length, count - length
+
+    def watch(self, grown: Grown) -> None:
+        """Call this now and whenever more is pinned, from whichever thread did it."""
+        with self._changed:
+            self._grown = grown
+            self._tell()
+
+    @property
+    def pinned_slots(self) -> int:
+        """Slots that copies can use without waiting."""
+        return min(self._slots, len(self._chunks) * self._chunk_slots)
 
     def close(self) -> None:
         """Free everything; no copy is under way."""
@@ -107,7 +123,14 @@ class HostArena:
             with self._changed:
                 self._refusal = refusal
                 self._changed.notify_all()
+                self._tell()
             return
         with self._changed:
             self._chunks.append(address)
             self._changed.notify_all()
+            self._tell()
+
+    def _tell(self) -> None:
+        if self._grown is not None:
+            refusal = None if self._refusal is None else str(self._refusal)
+            self._grown(self.pinned_slots, refusal)

@@ -6,7 +6,7 @@ the iteration needs. The device's buffer stays where it is, so captured graphs c
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -77,12 +77,16 @@ class FedTokens:
     Args:
         buffer: [capacity] int32 on the device.
         num_tokens, num_updates: n and u, padding included.
+        prompts_at: where rows of several tokens begin; None: behind those of one token.
     """
 
-    def __init__(self, buffer: Tensor, num_tokens: int, num_updates: int) -> None:
+    def __init__(
+        self, buffer: Tensor, num_tokens: int, num_updates: int, prompts_at: int | None = None
+    ) -> None:
         n, u = num_tokens, num_updates
         self.num_tokens = n
         self.num_updates = u
+        self._prompts_at = prompts_at
         self.tokens, self.positions, self.lanes = buffer[: 3 * n].view(3, n).unbind(0)
         self.updates = buffer[3 * n : 3 * n + 2 * u].view(u, 2)
         self.size = 3 * n + 2 * u
@@ -99,10 +103,10 @@ class FedTokens:
         """Write rows and updates to the host buffer, the rest as padding."""
         n = self.num_tokens
         tokens, positions, lanes = array[: 3 * n].reshape(3, n)
-        used = _fill_rows(tokens, positions, lanes, rows)
-        tokens[used:] = 0
-        positions[used:] = -1
-        lanes[used:] = padding_lane
+        tokens[:] = 0
+        positions[:] = -1
+        lanes[:] = padding_lane
+        _fill_rows(tokens, positions, lanes, rows, self._prompts_at)
         pairs = array[3 * n : self.size].reshape(-1, 2)
         pairs[: len(updates), 0] = list(updates)
         pairs[: len(updates), 1] = list(updates.values())
@@ -110,18 +114,39 @@ class FedTokens:
 
 
 def _fill_rows(
-    tokens: np.ndarray, positions: np.ndarray, lanes: np.ndarray, rows: Sequence[Row]
-) -> int:
-    """Decode rows first; how many tokens there are."""
+    tokens: np.ndarray,
+    positions: np.ndarray,
+    lanes: np.ndarray,
+    rows: Sequence[Row],
+    prompts_at: int | None,
+) -> None:
+    """Rows of one token first."""
     count = sum(row.num_tokens == 1 for row in rows)
     single = rows[:count]
     tokens[:count] = [row.tokens[0] if row.tokens else FED_BACK for row in single]
     positions[:count] = [row.start for row in single]
     lanes[:count] = [row.lane for row in single]
-    for row in rows[count:]:
+    rows = rows[count:]
+    count = count if prompts_at is None else prompts_at
+    for row in rows:
         end = count + row.num_tokens
         tokens[count:end] = row.tokens
         positions[count:end] = np.arange(row.start, row.start + row.num_tokens)
         lanes[count:end] = row.lane
         count = end
-    return count
+
+
+def last_tokens(rows: Sequence[Row], prompts_at: int) -> Iterator[tuple[int, int, int]]:
+    """Of each sampled row: where its last fed token is, its lane, the position to sample.
+
+    Args:
+        rows: those of one token first.
+        prompts_at: where the others begin.
+    """
+    end = 0
+    for row in rows:
+        if row.num_tokens > 1:
+            end = max(end, prompts_at)
+        end += row.num_tokens
+        if row.is_sampled:
+            yield end - 1, row.lane, row.start + row.num_tokens

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import functools
-import json
 import logging
-import os
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
 from pie_async.cuda import cublas_lt
+from pie_async.cuda.choice_file import ChoiceFile
 from pie_async.cuda.kernels.fp8 import (
     FP8,
     MAX_FP8,
@@ -41,9 +39,6 @@ _GAIN = 0.97
 _TOLERANCE, _FP8_TOLERANCE = 0.02, 0.1
 """Relative to the first candidate's product; bfloat16 rounds to 0.004, FP8 to 0.06."""
 _TUNED_DTYPES = (torch.float16, torch.bfloat16, FP8)
-_CACHE_VERSION = 1
-_UNREADABLE = (OSError, ValueError, TypeError, LookupError, AttributeError)
-"""What reading anybody's JSON as if it were ours may raise."""
 _CACHED_BYTES = 200 * 2**20
 """Several times the L2 cache of the large cards: weights taken in turn come from memory."""
 _MIN_RUNS, _MAX_RUNS = 4, 20
@@ -54,8 +49,7 @@ class Tuner:
     """Knows the fastest choice per shape; measures what it does not know when told to.
 
     Args:
-        path: the file of choices; None: in the user's cache directory. A damaged or unwritable
-            one costs a line in the log and the measuring again.
+        path: of the `ChoiceFile`.
         machine: what choices are good for; None: this card and these library versions.
         quantizes_activations: for FP8 weights; as the checkpoint was made for.
         timer, propose: for tests.
@@ -70,13 +64,12 @@ class Tuner:
         timer: Timer | None = None,
         propose: Candidates | None = None,
     ) -> None:
-        self._path = path or default_path()
+        self._file = ChoiceFile(path)
         self._machine = machine
         self._fp8_default = SCALED if quantizes_activations else WIDENED
         self._timer = timer or replay_seconds
         self._propose = propose or self._candidates
         self._known: dict[str, Choice] | None = None
-        self._has_complained = False
 
     def __call__(
         self, x: Tensor, weight: Tensor, bias: Tensor | None = None, scale: Tensor | None = None
@@ -115,11 +108,12 @@ class Tuner:
         if bucket is None or weight.dtype not in _TUNED_DTYPES:
             return self._default(weight)
         if self._known is None:
-            self._known = self._load()
+            self._machine = self._machine or this_machine()
+            self._known = self._file.read(self._machine)
         key = self._key(weight, bucket)
         if key not in self._known:
             self._known[key] = self._measure(weight, bucket)
-            self._save()
+            self._file.write(self._machine or "", self._known)
         return self._known[key]
 
     def _measure(self, weight: Tensor, m: int) -> Choice:
@@ -162,50 +156,6 @@ class Tuner:
         how = f"{dtype}, {self._fp8_default[0]}" if weight.dtype == FP8 else dtype
         return f"{how} [{bucket}, {k}] by [{n}, {k}]"
 
-    def _load(self) -> dict[str, Choice]:
-        if self._machine is None:
-            self._machine = this_machine()
-        try:
-            choices = self._read().get(self._machine, {})
-            return {str(key): tuple(choice) for key, choice in choices.items()}
-        except FileNotFoundError:
-            return {}
-        except _UNREADABLE as error:
-            self._complain(error)
-            return {}
-
-    def _read(self) -> dict[str, Any]:
-        content = json.loads(self._path.read_bytes())
-        if content["version"] != _CACHE_VERSION:
-            return {}
-        return dict(content["machines"])
-
-    def _save(self) -> None:
-        try:
-            machines = self._read()
-        except _UNREADABLE:
-            machines = {}
-        machines[self._machine or ""] = self._known
-        text = json.dumps({"version": _CACHE_VERSION, "machines": machines}, indent=1)
-        try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            # Whole or not at all: another engine may start meanwhile.
-            partial = self._path.with_name(f"{self._path.name}.{os.getpid()}")
-            partial.write_text(text)
-            partial.replace(self._path)
-        except OSError as error:
-            self._complain(error)
-
-    def _complain(self, error: Exception) -> None:
-        if not self._has_complained:
-            self._has_complained = True
-            _log.warning(
-                "measured choices cannot be kept in %s: %s: %s",
-                self._path,
-                type(error).__name__,
-                error,
-            )
-
 
 def product(
     x: Tensor,
@@ -219,12 +169,6 @@ def product(
     if scale is None:
         return linear(x, weight, bias, choice=choice)
     return linear_fp8(x, weight, scale, bias, choice=choice)
-
-
-def default_path() -> Path:
-    """Where the user's caches are."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "pie_async" / "tuning.json"
 
 
 def this_machine() -> str:

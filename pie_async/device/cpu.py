@@ -204,6 +204,7 @@ class CpuDevice:
             first_staging_slot=self.arena.first_staging_slot,
             staging_slots=host_slots,
             host_slots=host_slots,
+            first_host_slots=host_slots,
         )
         self.compute = CpuStream("compute")
         self.h2d = CpuStream("h2d")
@@ -353,6 +354,9 @@ class CpuDevice:
     def span(self, first: Event, last: Event) -> Span:
         assert isinstance(first, CpuEvent) and isinstance(last, CpuEvent)
         return Span(last.busy_s - first.busy_s, last.waited_s - first.waited_s)
+
+    def watch_pool(self, grown: Callable[[int, str | None], None]) -> None:
+        """All of the pool is there from the start."""
 
     async def drain(self) -> None:
         for stream in self._streams:

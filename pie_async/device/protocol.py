@@ -36,7 +36,9 @@ class MemoryPlan(msgspec.Struct, frozen=True, kw_only=True):
     staging_slots: int
     """Most blocks that one iteration may stage."""
     host_slots: int
-    """Slots of the host pool."""
+    """Slots of the host pool: its ceiling."""
+    first_host_slots: int
+    """Those that can be used from the start; `Device.watch_pool` tells of the others."""
 
 
 class Span(msgspec.Struct, frozen=True):
@@ -120,6 +122,10 @@ class Device(Protocol):
 
     def span(self, first: Event, last: Event) -> Span:
         """What happened between two events of one stream; `notify` announced the last one."""
+
+    def watch_pool(self, grown: Callable[[int, str | None], None]) -> None:
+        """Call back on the event loop, after `start`, when more of the host pool can be used:
+        how many slots there are now, and why no more will come, if that is so."""
 
     async def drain(self) -> None:
         """Return when all issued work is done. Never raises."""

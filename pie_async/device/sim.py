@@ -246,6 +246,9 @@ class SimDevice:
         """From now on this stream's events fail, and those of streams that wait for them."""
         stream.failure = failure
 
+    def watch_pool(self, grown: Callable[[int, str | None], None]) -> None:
+        """All of the pool is there from the start."""
+
     async def drain(self) -> None:
         """See `Device`."""
         while (left_s := self._last_s() - self._time_s()) > _EPSILON_S:  # noqa: ASYNC110

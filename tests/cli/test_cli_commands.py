@@ -7,8 +7,8 @@ import sys
 import pytest
 
 from pie_async.__main__ import main
-from pie_async.cli.hardware import read_hardware, usable_bytes
 from pie_async.cli.options import FLAGS
+from pie_async.hardware import read_hardware, usable_bytes
 
 pytestmark = pytest.mark.realtime  # the commands start loops of their own
 SMALL = ["--device-kv", "2MiB", "--host-pool", "32MiB"]

@@ -205,3 +205,15 @@ def test_it_says_why_at_every_change():
     assert len(changes) > 5
     assert all(changes)
     assert any("stalled" in reason for reason in changes)
+
+
+def test_while_prompts_keep_coming_the_device_s_own_bound_stands_for_a_decode_iteration():
+    floor_s = 0.8 * DECODE_S
+    state = msgspec.structs.replace(fresh(), decode_floor_s=floor_s)
+    for _ in range(8):
+        state = decide(state, iteration(state, wanted=1000, prefill_tokens=500, prefill_s=0.02))
+    assert state.decode_s == 0
+    hidden = int(LINK_SHARE * LINK * floor_s / BLOCK_BYTES)
+    assert CAREFUL_FROM * hidden - 1 <= state.limit_blocks <= hidden
+    state = decide(state, iteration(state, wanted=1000))
+    assert state.bound_blocks == HIDDEN

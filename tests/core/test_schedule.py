@@ -6,8 +6,15 @@ import pytest
 
 from pie_async.core.sequence import LEGAL_MOVES, Sequence, State
 from pie_async.ids import SequenceId
+from pie_async.messages import PoolGrown
 from pie_async.sampling_params import SamplingParams
-from tests.support.perfect_device import PerfectDevice, a_schedule, assert_all_returned, token_at
+from tests.support.perfect_device import (
+    BLOCK_TOKENS,
+    PerfectDevice,
+    a_schedule,
+    assert_all_returned,
+    token_at,
+)
 
 EOS = 7
 
@@ -291,3 +298,29 @@ def test_a_dropped_sequence_computes_what_is_not_cached_again_and_goes_on(is_sha
     assert counts.output_tokens == 20
     assert counts.cached_tokens == 0, "what it found is its own"
     assert counts.prefix_hit_tokens == 4 * is_shared
+
+
+def test_a_sequence_larger_than_the_device_waits_for_the_pool_to_be_pinned():
+    schedule = a_schedule(device_slots=4, host_slots=0, staging_slots=20, streamed_limit=0)
+    schedule.awaits_pool = True
+    device = PerfectDevice(schedule)
+    device.submit(30, 20)
+    for _ in range(20):
+        device.step()
+    assert device.outputs[1] == []
+    assert schedule.pool_grown(PoolGrown(slots=20, is_all=True)) == []
+    device.run()
+    assert len(device.outputs[1]) == 20 and device.ended[1] == "length"
+
+
+def test_where_the_pool_stays_small_sequences_end_when_the_memories_are_full():
+    schedule = a_schedule(device_slots=8, host_slots=4, staging_slots=20)
+    schedule.awaits_pool = True
+    device = PerfectDevice(schedule)
+    device.submit(30, 40)
+    device.submit(60, 2)
+    longest = (8 + 4 - 3) * BLOCK_TOKENS
+    (ended,) = schedule.pool_grown(PoolGrown(slots=4, is_all=True, longest=longest))
+    assert (ended.sequence, ended.finish_reason) == (2, "abort")
+    device.run()
+    assert len(device.outputs[1]) == longest - 30 and device.ended[1] == "length"

@@ -78,3 +78,13 @@ def test_giving_a_slot_back_twice_is_caught():
     pool.give_back(0)
     with pytest.raises(AssertionError, match="device slot 0 freed twice"):
         pool.give_back(0)
+
+
+def test_a_pool_grows_and_its_new_slots_are_free():
+    pool = SlotPool("test", 1, first=5)
+    assert pool.take() == 5
+    pool.grow(3)
+    assert (pool.size, pool.num_free) == (3, 2)
+    assert [pool.take(is_highest=True), pool.take(), pool.take()] == [7, 6, None]
+    pool.grow(2)
+    assert pool.size == 3, "never fewer"

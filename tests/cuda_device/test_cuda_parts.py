@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import itertools
+import threading
+import weakref
 
 import pytest
 import torch
+from support.checkpoints import write_checkpoint
 from support.cuda_rig import CHUNK_BYTES, cuda_device
 from support.device_rigs import LAYOUT
 from support.device_scripts import fired, issue, moves, prefill, run_resident
@@ -15,9 +19,13 @@ from support.fake_cuda_driver import FakeDriver
 from pie_async.cuda.block_copy import runs_of, to_device, to_host
 from pie_async.cuda.errors import CudaFault
 from pie_async.cuda.host_arena import HostArena
+from pie_async.cuda.plain_runner import PlainRunner
+from pie_async.cuda.profiling import WIDEST
 from pie_async.cuda.vmm import DeviceArena
 from pie_async.errors import ConfigError, DeviceFault
 from pie_async.messages import CopyRun
+from pie_async.model.config import read_config
+from pie_async.model.weights import load_model
 
 pytestmark = pytest.mark.realtime
 
@@ -122,6 +130,24 @@ def test_a_refusal_to_pin_later_is_told_to_whoever_needs_that_memory():
     assert driver.leftovers() == []
 
 
+def test_what_is_pinned_is_told_and_so_is_why_there_will_be_no_more():
+    driver = FakeDriver(pinnable_bytes=2 * CHUNK_BYTES)
+    host = HostArena(driver, LAYOUT, slots=16, chunk_bytes=CHUNK_BYTES)
+    told, is_over = [], threading.Event()
+
+    def grown(slots: int, refusal: str | None) -> None:
+        told.append((slots, refusal))
+        if refusal is not None:
+            is_over.set()
+
+    host.watch(grown)
+    assert is_over.wait(10)
+    assert [slots for slots, _ in told[-1:]] == [10]
+    assert "refuses to pin more" in told[-1][1]
+    assert sorted(slots for slots, _ in told) == [slots for slots, _ in told]
+    host.close()
+
+
 # --- copies -----------------------------------------------------------------------------------
 
 
@@ -205,6 +231,57 @@ async def test_an_operation_that_torch_refuses_surfaces_at_the_next_event(tmp_pa
         await fired(device, done)
     await device.drain()
     device.close()
+
+
+async def test_graphs_are_captured_behind_the_last_event_of_an_iteration(tmp_path):
+    """Within it, the time they take would count as time that the iteration computed."""
+    device = cuda_device(tmp_path, FakeDriver())
+    order: list[str] = []
+
+    class Capturing(PlainRunner):
+        wants_graphs = True
+
+        def capture_wanted(self) -> None:
+            order.append("capture")
+            self.wants_graphs = False
+
+    device._runner.__class__ = Capturing
+    device.start(asyncio.get_running_loop())
+
+    def run() -> object:
+        _, done = run_resident(device, prefill(0, tuple(range(10, 21)), (0, 1, 2)))
+        order.append("event")
+        return done
+
+    await fired(device, await issue(device, run))
+    await device.drain()
+    assert order == ["event", "capture"]
+    device.close()
+
+
+async def test_a_closed_device_holds_no_weights(tmp_path):
+    """Though whoever asks for the memory's report may hold the runner."""
+    device = cuda_device(tmp_path, FakeDriver())
+    runner = device._runner
+    decoder = weakref.ref(runner._decoder)
+    device.start(asyncio.get_running_loop())
+    await device.drain()
+    device.close()
+    gc.collect()
+    assert decoder() is None
+    assert runner.graph_bytes == 0
+
+
+def test_profiling_asks_for_no_position_that_a_model_has_not(tmp_path):
+    """Learned positions are a table; its end is a block's, or within one."""
+    path = write_checkpoint(tmp_path, "opt").path
+    decoder = load_model(path, read_config(path), torch.float32, torch.device("cpu"))
+    config = decoder.config
+    shape = (4, 2, config.kv_heads, 16, config.head_dim)
+    kv = [torch.zeros(shape) for _ in range(config.num_layers)]
+    max_blocks = -(-config.max_positions // 16) + 1
+    runner = PlainRunner(decoder, kv, lanes=3, max_blocks=max_blocks, block_tokens=16)
+    assert runner.profile(1000, WIDEST) == 0
 
 
 # --- errors ------------------------------------------------------------------------------------

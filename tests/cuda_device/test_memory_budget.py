@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from support.device_rigs import LAYOUT
@@ -19,8 +22,10 @@ from pie_async.cuda.memory_budget import (
     require_weights,
     share_out,
 )
+from pie_async.cuda.profiling import PLAIN, WIDEST
 from pie_async.cuda.rates import measure_rates
 from pie_async.errors import ConfigError
+from pie_async.sampling_params import SamplingParams
 
 PAGE = 2 * MIB
 LLAMA = KvLayout(num_layers=32, block_tokens=16, kv_heads=8, head_dim=128, item_bytes=2)
@@ -157,10 +162,10 @@ class StandInRunner:
         self._driver = driver
         self._kept_bytes, self._per_token_bytes = kept_bytes, per_token_bytes
         self._driver.torch_holds(kept_bytes)
-        self.profiled: list[int] = []
+        self.profiled: list[tuple[int, SamplingParams]] = []
 
-    def profile(self, num_tokens: int) -> int:
-        self.profiled.append(num_tokens)
+    def profile(self, num_tokens: int, sampling: SamplingParams) -> int:
+        self.profiled.append((num_tokens, sampling))
         peak = num_tokens * self._per_token_bytes
         self._driver.torch_holds(self._kept_bytes + peak)
         return peak
@@ -171,13 +176,21 @@ class CountingDriver(FakeDriver):
 
     def __init__(self, memory_bytes: int) -> None:
         super().__init__(memory_bytes=memory_bytes)
-        self.weight_bytes = self.held_bytes = 0
+        self._entered = {threading.get_ident()}
+        self.weight_bytes = self.held_bytes = self.kept_bytes = 0
+
+    def enter_thread(self) -> None:
+        self._entered.add(threading.get_ident())
 
     def free_bytes(self) -> int:
+        assert threading.get_ident() in self._entered, "CUDA_ERROR_INVALID_CONTEXT"
         return super().free_bytes() - self.weight_bytes - self.held_bytes
 
     def torch_bytes(self) -> int:
         return self.weight_bytes + self.held_bytes
+
+    def torch_kept_bytes(self) -> int:
+        return self.kept_bytes
 
     def torch_holds(self, num_bytes: int) -> None:
         self.held_bytes = max(self.held_bytes, num_bytes)
@@ -190,8 +203,9 @@ def test_a_runner_is_profiled_and_the_arena_takes_what_is_left():
     driver = CountingDriver(memory_bytes=4 * GIB)
     memory = CardMemory(driver, "3GiB")
     driver.weight_bytes = GIB
+    runner = StandInRunner(driver, 16 * MIB, 1000)
     shares = memory.plan(
-        lambda layers: StandInRunner(driver, 16 * MIB, 1000),
+        lambda layers: runner,
         LAYOUT,
         torch.float32,
         device_slots=None,
@@ -203,6 +217,36 @@ def test_a_runner_is_profiled_and_the_arena_takes_what_is_left():
     assert shares.activation_bytes == 16 * MIB + 8192 * 1000
     assert shares.graph_bytes == GRAPHS_BYTES + 256 * 1000
     assert shares.arena_bytes > GIB
+    assert runner.profiled == [(256, PLAIN), (8192, WIDEST), (8192, WIDEST)]
+    assert driver.leftovers() == [], "the small arena is given back"
+    driver.close()
+
+
+def test_an_iteration_that_does_not_fit_under_the_cap_is_an_error_of_the_configuration():
+    class TooLarge(StandInRunner):
+        def profile(self, num_tokens: int, sampling: SamplingParams) -> int:
+            # In the cap's own terms: what torch may still take when it is asked for an iteration.
+            limits.append(driver.torch_limit_bytes)
+            raise torch.OutOfMemoryError("as the test asked")
+
+    limits: list[int] = []
+    driver = CountingDriver(memory_bytes=4 * GIB)
+    memory = CardMemory(driver, "3GiB")
+    driver.weight_bytes = GIB
+    with pytest.raises(
+        ConfigError, match=r"8192 tokens does not fit into the 2\.0 GiB that gpu_memory 3\.0 GiB"
+    ) as caught:
+        memory.plan(
+            lambda layers: TooLarge(driver, 0, 0),
+            LAYOUT,
+            torch.float32,
+            device_slots=None,
+            staging_slots=16,
+            token_budget=8192,
+            decode_rows=256,
+        )
+    assert caught.value.option == "token_budget"
+    assert limits[0] <= 3 * GIB
     assert driver.leftovers() == [], "the small arena is given back"
     driver.close()
 
@@ -228,7 +272,35 @@ def test_torch_is_kept_below_the_cap_and_the_report_follows_the_driver():
     assert report.used_bytes == GIB + 512 * MIB
     assert report.graph_bytes == 3 * MIB
     assert report.cap_bytes == 3 * GIB
+    with ThreadPoolExecutor(1) as another:  # the event loop's, which has no GPU of its own yet
+        assert another.submit(memory.report, runner).result() == report
     driver.release_memory(arena)
+    driver.close()
+
+
+def test_graphs_get_the_room_that_the_largest_iteration_leaves():
+    driver = CountingDriver(memory_bytes=4 * GIB)
+    memory = CardMemory(driver, "3GiB")
+    runner = StandInRunner(driver, 0, 1 * MIB)
+    memory.plan(
+        lambda layers: runner,
+        LAYOUT,
+        torch.float32,
+        device_slots=100,
+        staging_slots=0,
+        token_budget=512,
+        decode_rows=64,
+    )
+    memory.settle(runner)
+    assert runner.has_room()
+    graphs = driver.create_memory(5 * GIB // 2)
+    assert not runner.has_room(), "an iteration takes 512 MiB"
+    driver.held_bytes = driver.kept_bytes = 256 * MIB
+    assert not runner.has_room()
+    driver.release_memory(graphs)
+    graphs = driver.create_memory(5 * GIB // 2 - 64 * MIB)
+    assert runner.has_room(), "some of which torch has already"
+    driver.release_memory(graphs)
     driver.close()
 
 

@@ -8,6 +8,7 @@ import logging
 import pytest
 import torch
 
+from pie_async.cuda import choice_file
 from pie_async.cuda.kernels.linear import TORCH
 
 tuning = pytest.importorskip("pie_async.cuda.tuning", reason="Triton is not published here")
@@ -154,7 +155,7 @@ def test_an_unwritable_place_costs_one_line(bench, caplog) -> None:
 
 def test_the_cache_is_where_the_user_wants_caches(monkeypatch, tmp_path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert tuning.default_path() == tmp_path / "pie_async" / "tuning.json"
+    assert choice_file.default_path() == tmp_path / "pie_async" / "tuning.json"
 
 
 def test_fp8_weights_have_candidates_and_defaults_of_their_own(monkeypatch, tmp_path) -> None:

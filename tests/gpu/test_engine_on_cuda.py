@@ -6,6 +6,7 @@ tested everywhere.
 
 from __future__ import annotations
 
+import asyncio
 import math
 import sys
 import types
@@ -79,6 +80,7 @@ def driver(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
         monkeypatch.setitem(sys.modules, module.__name__, module)
         monkeypatch.setattr(errors, "require_cuda", lambda quantization=None: None)
         monkeypatch.setitem(MORE, "kernels", "torch")
+        monkeypatch.setitem(MORE, "token_budget", 512)  # which is profiled, here on the CPU
     return request.param
 
 
@@ -174,3 +176,26 @@ async def test_the_memory_taken_stays_below_the_cap() -> None:
     assert memory is not None and memory.used_bytes <= cap
     assert memory.arena_bytes > 9 * 2**30
     assert memory.weight_bytes > 0 and memory.free_bytes >= 0
+
+
+@pytest.mark.gpu
+async def test_the_memory_taken_stays_below_the_cap_whatever_is_asked_for() -> None:
+    """Every part of sampling for every lane, beside prompts that fill the iterations."""
+    cap = 6 * 2**30
+    wide = SamplingParams(
+        n=4, temperature=0.9, top_p=0.9, top_k=50, min_p=0.01, repetition_penalty=1.1,
+        presence_penalty=0.1, logit_bias={7: 1.0}, min_tokens=2, logprobs=20, prompt_logprobs=20,
+        max_tokens=24, ignore_eos=True,
+    )  # fmt: skip
+
+    async with Engine(device="cuda", gpu_memory=cap, host_pool_bytes=2**30) as engine:
+
+        async def run(number: int) -> int:
+            async for output in engine.generate(prompt(number, 200 + number), wide):
+                last = output
+            return sum(len(each.token_ids) for each in last.outputs)
+
+        counts = await asyncio.gather(*(run(number) for number in range(64)))
+        memory = engine.gpu_memory()
+    assert counts == [4 * 24] * 64
+    assert memory is not None and memory.used_bytes <= cap

@@ -62,6 +62,7 @@ def sim_device(
             first_staging_slot=DEVICE_SLOTS + 4,
             staging_slots=HOST_SLOTS,
             host_slots=HOST_SLOTS,
+            first_host_slots=HOST_SLOTS,
         ),
         cost=CostModel(gpu=gpu_named("h200"), link=link, shape=shape),
         seed=seed,

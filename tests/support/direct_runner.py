@@ -43,6 +43,7 @@ class DirectRunner:
         slots: per layer; which of them a block gets is drawn from `seed`.
         poison: fill all KV with NaN first, as if freed slots had been poisoned.
         make_runner: another kind of runner; then no logits are kept.
+        layer_group: layers that run together.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class DirectRunner:
         seed: int = 0,
         poison: bool = True,
         make_runner: Callable[..., Any] = ModelRunner,
+        layer_group: int = 1,
     ) -> None:
         config = decoder.config
         shape = (slots, 2, config.kv_heads, block_tokens, config.head_dim)
@@ -67,7 +69,10 @@ class DirectRunner:
         self.runner = make_runner(
             decoder, self.kv, lanes=lanes, max_blocks=max_blocks, block_tokens=block_tokens
         )
-        self._num_layers = config.num_layers
+        self._groups = [
+            range(first, min(first + layer_group, config.num_layers))
+            for first in range(0, config.num_layers, layer_group)
+        ]
         self._block_tokens = block_tokens
         self._free = list(range(slots))
         random.Random(seed).shuffle(self._free)
@@ -102,6 +107,10 @@ class DirectRunner:
             history=tuple(prompt) if sampling.counts_tokens else (),
         )
 
+    def table(self, lane: int) -> TableUpdate:
+        """All of the lane's block table."""
+        return TableUpdate(lane, 0, tuple(self._running[lane].slots))
+
     def row(self, lane: int, most: int | None = None) -> tuple[Row, list[TableUpdate]]:
         """The lane's next chunk of at most `most` prompt tokens, or its next decode row."""
         sequence = self._running[lane]
@@ -121,27 +130,36 @@ class DirectRunner:
         *,
         bindings: Sequence[LaneBinding] = (),
         chunk: int | None = None,
+        tables: Sequence[TableUpdate] = (),
+        is_staged: bool = False,
     ) -> tuple[tuple[SampledToken, ...], tuple[PromptLogprobs, ...]]:
-        """One iteration with a row for each of these lanes, layer by layer."""
-        rows, tables = [], []
+        """One iteration with a row for each of these lanes, one layer group after the other.
+
+        Args:
+            tables: updates beside those of new blocks.
+        """
+        rows, updates = [], list(tables)
         for lane in lanes:
             row, update = self.row(lane, chunk)
             rows.append(row)
-            tables += update
+            updates += update
         command = RunIteration(
             iteration=self._iteration,
             rows=tuple(rows),
             bindings=tuple(bindings),
-            tables=tuple(tables),
+            tables=tuple(updates),
+            is_staged=is_staged,
         )
         self._iteration += 1
         forward = self.runner.begin(command)
-        for layer in range(self._num_layers):
-            self.runner.run_layers(forward, range(layer, layer + 1))
+        for layers in self._groups:
+            self.runner.run_layers(forward, layers)
         self._logits = []
         self.runner.sample(forward)
         if self.kv[0].is_cuda:  # elsewhere an event says when results may be read
             torch.cuda.synchronize()
+        if getattr(self.runner, "wants_graphs", False):
+            self.runner.capture_wanted()
         forward.collect()
         for token, logits in zip(forward.sampled, self._logits, strict=False):
             self.logits[token.sequence - 100].append(logits)

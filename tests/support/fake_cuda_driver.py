@@ -161,10 +161,17 @@ class FakeDriver:
     def free_bytes(self) -> int:
         return self._free_bytes
 
+    @property
+    def memory_bytes_per_s(self) -> float:
+        return 1e12
+
     def total_bytes(self) -> int:
         return self._total_bytes
 
     def torch_bytes(self) -> int:
+        return 0
+
+    def torch_kept_bytes(self) -> int:
         return 0
 
     def limit_torch(self, num_bytes: int) -> None:

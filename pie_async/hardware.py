@@ -9,8 +9,8 @@ from pathlib import Path
 
 import msgspec
 
-from pie_async.cli.plan import MemoryPlan
 from pie_async.config import format_size
+from pie_async.errors import ConfigError
 
 
 class Hardware(msgspec.Struct, frozen=True, kw_only=True):
@@ -60,21 +60,23 @@ def usable_bytes(hardware: Hardware) -> int | None:
     return min(room, default=None)
 
 
-def memory_warning(plan: MemoryPlan) -> str | None:
-    """What to lower if the plan exceeds this machine's memory; None if it fits."""
-    usable = usable_bytes(read_hardware())
-    if plan.family == "simulated" or usable is None:
-        return None
-    wanted = plan.host_pool_bytes
-    if not plan.is_on_gpu:
-        wanted += plan.weight_bytes + plan.device_kv_bytes
-    if wanted <= usable:
-        return None
-    parts = "the pool" if plan.is_on_gpu else "weights, arena and pool"
-    flags = "--host-pool" if plan.is_on_gpu else "--host-pool or --device-kv"
-    return (
-        f"warning: {parts} may take {format_size(wanted)}, but {format_size(usable)} of memory "
-        f"are free; lower {flags}"
+def require_poolable(host_pool_bytes: int) -> None:
+    """Refuse a pool to be pinned that this machine cannot hold: pinning it would not fail, the
+    system would end the process.
+
+    Raises:
+        ConfigError: says what is free, and whose limit that is.
+    """
+    hardware = read_hardware()
+    usable = usable_bytes(hardware)
+    if usable is None or host_pool_bytes <= usable:
+        return
+    limit = hardware.cgroup_limit_bytes
+    whose = "" if limit is None else f" (the container's limit is {format_size(limit)})"
+    raise ConfigError(
+        f"host_pool_bytes is {format_size(host_pool_bytes)}, but {format_size(max(0, usable))} of "
+        f"memory are free{whose}; lower it, or set it to 0 to switch pooling off",
+        option="host_pool_bytes",
     )
 
 

@@ -1,0 +1,372 @@
+"""Captured iterations give the tokens of the reference, whatever is replayed after what."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+
+import pytest
+import torch
+
+from pie_async.core.layout import KvLayout
+from pie_async.cuda import fused_model, mixed_program, programs
+from pie_async.cuda.decode_program import graphable
+from pie_async.cuda.fused_model import DRAWN, GREEDY, SPARE_ROWS
+from pie_async.cuda.fused_runner import FusedRunner, LaunchedPass, ReplayedPass
+from pie_async.cuda.mixed_program import mixed_shape, mixed_shapes
+from pie_async.cuda.profiling import PLAIN, WIDEST, largest_iteration, longest_prompt
+from pie_async.ids import Lane, SequenceId
+from pie_async.messages import Row, RunIteration, TableUpdate
+from pie_async.model import decoder as decoder_module
+from pie_async.model import layers as layers_module
+from pie_async.model.config import read_config
+from pie_async.model.sampling import Needs
+from pie_async.model.weights import load_model
+from pie_async.sampling_params import SamplingParams
+from tests.support.checkpoints import write_checkpoint
+from tests.support.direct_runner import DirectRunner
+
+GROUP = 2
+"""Of three layers: the last group is shorter."""
+DRAW = SamplingParams(temperature=0.8)
+COUNTED = SamplingParams(
+    temperature=0.7, frequency_penalty=1.5, repetition_penalty=1.5, top_p=0.9, logprobs=2
+)
+
+
+@pytest.fixture
+def decoder(tmp_path, device, monkeypatch):
+    """On the CPU its graphs are recorded instead of captured."""
+    # What oneDNN packs, the kernels could not read.
+    for module in (decoder_module, layers_module):
+        monkeypatch.setattr(module, "pack_linear", lambda weight, bias: None)
+    if device.type == "cpu":
+        from tests.support.recorded_graphs import record_graphs
+
+        record_graphs(monkeypatch)
+    path = write_checkpoint(tmp_path, "llama").path
+    return load_model(path, read_config(path), torch.float32, device)
+
+
+@pytest.fixture(autouse=True)
+def prompt_sizes(monkeypatch):
+    """Prompts are launched, unless a test says what they are padded to: here, too, that is the
+    faster way for few of them."""
+    monkeypatch.setattr(mixed_program, "PROMPT_SIZES", ())
+    return lambda *sizes: monkeypatch.setattr(mixed_program, "PROMPT_SIZES", sizes)
+
+
+class Fused(DirectRunner):
+    """Also keeps how each iteration was run."""
+
+    def __init__(self, decoder, **how) -> None:
+        super().__init__(decoder, make_runner=self._make, layer_group=GROUP, lanes=4, **how)
+        self.passes: list[type] = []
+        begin = self.runner.begin
+
+        def keep(command):
+            forward = begin(command)
+            self.passes.append(type(forward))
+            return forward
+
+        self.runner.begin = keep
+
+    @staticmethod
+    def _make(decoder, kv, *, lanes, max_blocks, block_tokens):
+        config = decoder.config
+        layout = KvLayout(
+            num_layers=config.num_layers,
+            block_tokens=block_tokens,
+            kv_heads=config.kv_heads,
+            head_dim=config.head_dim,
+            item_bytes=4,
+            layer_group=GROUP,
+            ring_depth=2,
+        )
+        return FusedRunner(decoder, kv, layout, lanes=lanes, max_blocks=max_blocks, max_tokens=128)
+
+
+def reference(decoder) -> DirectRunner:
+    return DirectRunner(decoder, lanes=4)
+
+
+def same(mine, theirs) -> None:
+    for a, b in zip(mine, theirs, strict=True):
+        assert [(t.sequence, t.token) for t in a] == [(t.sequence, t.token) for t in b]
+        for one, other in zip(a, b, strict=True):
+            assert one.logprob == pytest.approx(other.logprob, abs=1e-4)
+
+
+def in_order(sampled):
+    return sorted(sampled, key=lambda token: token.sequence)
+
+
+def serve(runner: DirectRunner) -> list:
+    """Batches of all sizes, staged and not, all ways of sampling; lanes change hands."""
+    found = []
+
+    def iterate(*lanes, new=(), **how):
+        bindings = [runner.submit(lane, prompt, sampling) for lane, prompt, sampling in new]
+        found.append(in_order(runner.iterate(lanes, bindings=bindings, **how)[0]))
+
+    iterate(0, new=[(0, [5, 6, 7], PLAIN)])
+    for _ in range(3):
+        iterate(0)
+    for _ in range(3):
+        iterate(0, is_staged=True)
+    iterate(0, 1, new=[(1, [9] * 11, DRAW)], is_staged=True)
+    for turn in range(4):
+        iterate(0, 1, is_staged=turn % 2 == 1)
+    iterate(1, 2, new=[(2, [11, 12], COUNTED)])
+    for turn in range(6):
+        iterate(0, 1, 2, is_staged=turn in (1, 2, 4))
+    iterate(2, is_staged=True)
+    # While sequence 2 decodes and is counted, lane 0 gets a prompt token by token.
+    iterate(0, 2, new=[(0, [3, 1, 4, 1, 5], COUNTED)], chunk=1)
+    for turn in range(7):
+        iterate(0, 2, chunk=1, is_staged=turn == 2)
+    for _ in range(3):
+        iterate(1)
+        iterate(1, is_staged=True)
+    return found
+
+
+def test_whatever_is_replayed_after_what_the_tokens_are_those_of_the_reference(decoder) -> None:
+    mine = Fused(decoder)
+    same(serve(mine), serve(reference(decoder)))
+    assert mine.passes.count(ReplayedPass) >= 20
+    assert mine.passes[-1] is ReplayedPass
+
+
+def test_graphs_are_captured_between_iterations_and_replayed_from_then_on(decoder) -> None:
+    one = Fused(decoder)
+    one.iterate([0], bindings=[one.submit(0, [5, 6, 7])])
+    assert not one.runner.wants_graphs
+    before = one.runner.graph_bytes
+    row, tables = one.row(0)
+    forward = one.runner.begin(RunIteration(iteration=1, rows=(row,), tables=tuple(tables)))
+    assert one.runner.wants_graphs
+    assert one.runner.graph_bytes == before, "it was captured within the iteration"
+    for layers in one._groups:
+        one.runner.run_layers(forward, layers)
+    one.runner.sample(forward)
+    one.runner.capture_wanted()
+    one.iterate([0])
+    assert one.passes == [LaunchedPass, LaunchedPass, ReplayedPass]
+
+
+def test_a_penalty_leaves_the_layers_to_the_graph_and_ends_with_its_sequence(decoder) -> None:
+    one = Fused(decoder)
+    bindings = [one.submit(0, [5, 6]), one.submit(1, [7], COUNTED)]
+    one.iterate([0, 1], bindings=bindings)
+    for _ in range(3):
+        one.iterate([0, 1])
+    assert one.passes[-1] is ReplayedPass
+    for _ in range(3):
+        one.iterate([0])  # lane 1 stays bound until another sequence takes it
+    assert one.passes[-1] is ReplayedPass
+    decoding = {key for key in one.runner._programs._captured if not key[1]}
+    assert decoding == {(2, 0, None, False), (1, 0, GREEDY, False)}
+
+
+def test_what_a_row_that_only_feeds_its_prompt_would_have_said_is_not_counted(decoder) -> None:
+    def counts(runner: DirectRunner, lanes) -> torch.Tensor:
+        bindings = [runner.submit(lane, [5, 6, 7, 8, 9], COUNTED) for lane in (0, 1)]
+        runner.iterate([0], bindings=bindings)
+        for _ in range(4):
+            runner.iterate([0, 1], chunk=1)
+        return lanes.sampler._counts[:2]
+
+    mine, theirs = Fused(decoder), reference(decoder)
+    found = counts(mine, mine.runner._model.lanes)
+    assert torch.equal(found, counts(theirs, theirs.runner._lanes))
+    assert found.sum(1).tolist() == [5, 0]
+    assert mine.passes[-1] is ReplayedPass
+
+
+@pytest.mark.parametrize("most", [7, 1 << 16])
+def test_more_table_updates_than_a_graph_takes_come_before_it(decoder, monkeypatch, most) -> None:
+    """As after a demotion, from which on all entries of a long table are sent again."""
+    monkeypatch.setattr(fused_model, "_MOST_UPDATES", most)
+
+    def tokens(runner: DirectRunner) -> list:
+        found = [runner.iterate([0], bindings=[runner.submit(0, [5] * 90)])[0]]
+        for turn in range(6):
+            table = runner.table(0)
+            if turn == 3:  # a table of nothing, and then the real one
+                runner.iterate([], tables=[TableUpdate(0, 0, (0,) * len(table.slots))])
+            found.append(runner.iterate([0], tables=[table] if turn > 2 else [])[0])
+        return found
+
+    mine = Fused(decoder)
+    same(tokens(mine), tokens(reference(decoder)))
+    assert len(mine.table(0).slots) > 16
+    assert mine.passes[-3:] == [ReplayedPass] * 3
+
+
+@pytest.mark.parametrize("sampling", [PLAIN, DRAW, COUNTED], ids=["greedy", "drawn", "counted"])
+def test_prompts_beside_decoding_are_replayed_too(decoder, prompt_sizes, sampling) -> None:
+    """Of other lengths than those captured with, in chunks, staged and not."""
+    prompt_sizes(24)
+
+    def tokens(runner: DirectRunner) -> list:
+        found = []
+
+        def iterate(lanes, *, new=(), chunk=None, is_staged=False) -> None:
+            bindings = [runner.submit(lane, prompt, sampling) for lane, prompt in new]
+            how = {} if chunk is None else {"chunk": chunk}
+            done = runner.iterate(lanes, bindings=bindings, is_staged=is_staged, **how)[0]
+            found.append(in_order(done))
+
+        iterate([0, 1], new=[(0, [5, 6, 7]), (1, [9] * 20)])
+        iterate([0, 1, 2, 3], new=[(2, [4] * 19), (3, [8, 9])])
+        iterate([0, 1, 2], new=[(2, [3, 1, 4, 1, 5, 9, 2, 6] * 4)], chunk=7)
+        for turn in range(5):
+            iterate([0, 1, 2], chunk=7, is_staged=turn in (1, 3))
+        iterate([3, 0], new=[(3, [7] * 24)])
+        iterate([0, 3])
+        return found
+
+    mine = Fused(decoder)
+    same(tokens(mine), tokens(reference(decoder)))
+    mixed = [key for key in mine.runner._programs._captured if key[1]]
+    assert {key[1] for key in mixed} == {24} and {key[3] for key in mixed} == {False, True}
+    assert mine.passes.count(ReplayedPass) >= 6
+
+
+def test_more_prompts_than_a_graph_takes_are_launched(prompt_sizes) -> None:
+    prompt_sizes(64, 128)
+    rows = [Row(SequenceId(n), Lane(n), 0, (5, 6), True) for n in range(SPARE_ROWS + 1)]
+    assert mixed_shape(rows, 4, 128) is None
+    assert mixed_shape(rows[:-1], 4, 128) == (4, 64)
+    assert mixed_shape(rows[:-1], 4, 63) is None
+    assert set(mixed_shapes(4, 128)) == {(4, 64), (4, 128)}
+
+
+def test_few_ways_of_sampling_have_graphs_of_their_own() -> None:
+    found = {
+        graphable(Needs(draws=draws, top_k=k, top_p=top_p, top_logprobs=top))
+        for draws in (False, True)
+        for k in range(50)
+        for top_p in (False, True)
+        for top in range(-1, 5)
+    }
+    assert found == {GREEDY, DRAWN, None}
+
+
+@pytest.mark.parametrize("failures", [1, 2], ids=["at-first", "for-good"])
+def test_without_memory_for_a_graph_iterations_go_on_without_one(
+    decoder, monkeypatch, caplog, failures: int
+) -> None:
+    make, left = programs.DecodeProgram, [failures]
+
+    def refuse(*args, **how):
+        if left[0]:
+            left[0] -= 1
+            raise torch.OutOfMemoryError("as the test asked")
+        return make(*args, **how)
+
+    monkeypatch.setattr(programs, "DecodeProgram", refuse)
+    mine, theirs = Fused(decoder), reference(decoder)
+    tokens = [runner.generate([[5, 6, 7]], 5) for runner in (mine, theirs)]
+    assert tokens[0] == tokens[1]
+    assert mine.passes[-1] is (ReplayedPass if failures == 1 else LaunchedPass)
+    assert ("no memory for a CUDA graph" in caplog.text) is (failures == 2)
+    assert not mine.runner.wants_graphs
+
+
+def test_no_graph_is_captured_where_the_card_has_no_room_for_one(decoder, caplog) -> None:
+    one = Fused(decoder)
+    one.runner.has_room = lambda: False
+    one.generate([[5, 6, 7]], 5)
+    assert set(one.passes) == {LaunchedPass}
+    assert caplog.text.count("no memory for a CUDA graph of 1 rows") == 1
+
+
+def test_a_launched_iteration_keeps_no_activations_until_it_is_over(decoder) -> None:
+    """The next one is launched meanwhile."""
+    one = Fused(decoder)
+    bindings = [one.submit(0, [5] * 30)]
+    row, tables = one.row(0)
+    command = RunIteration(iteration=0, rows=(row,), bindings=tuple(bindings), tables=tuple(tables))
+    forward = one.runner.begin(command)
+    hidden = weakref.ref(forward._hidden)
+    for layers in one._groups:
+        one.runner.run_layers(forward, layers)
+    one.runner.sample(forward)
+    assert hidden() is None
+    assert not any(isinstance(each, torch.Tensor) for each in vars(forward).values())
+
+
+def test_a_closed_runner_holds_no_weights(decoder) -> None:
+    one = Fused(decoder)
+    one.generate([[5, 6, 7]], 4)
+    model = weakref.ref(one.runner._model)
+    one.runner.close()
+    gc.collect()
+    assert model() is None
+    assert one.runner.graph_bytes == 0
+
+
+@pytest.mark.parametrize("sampling", [WIDEST, COUNTED], ids=["widest", "counted"])
+def test_rows_sampled_in_parts_are_those_sampled_together(decoder, monkeypatch, sampling) -> None:
+    prompts = [[5, 6, 7], [8], [9, 10, 11, 12]]
+
+    def reports(rows_at_once: int) -> list:
+        monkeypatch.setattr(fused_model, "_ROWS_AT_ONCE", rows_at_once)
+        one = Fused(decoder)
+        bindings = [one.submit(lane, each, sampling) for lane, each in enumerate(prompts)]
+        found = [in_order(one.iterate(range(3), bindings=bindings)[0])]
+        return found + [in_order(one.iterate(range(3))[0]) for _ in range(3)]
+
+    assert reports(2) == reports(64)
+
+
+# --- profiling ----------------------------------------------------------------------------------
+
+
+def test_the_largest_iteration_has_all_tokens_in_as_many_rows_as_can_be() -> None:
+    command = largest_iteration(100, WIDEST, lanes=8, longest=40)
+    lengths = [row.num_tokens for row in command.rows]
+    assert lengths == [40, 40, 15, 1, 1, 1, 1, 1]
+    assert all(row.is_sampled for row in command.rows)
+    assert [binding.prompt_len for binding in command.bindings] == lengths
+    few = largest_iteration(100, WIDEST, lanes=2, longest=40)
+    assert sum(row.num_tokens for row in few.rows) == 80
+    one_each = largest_iteration(3, PLAIN, lanes=8, longest=40)
+    assert [row.num_tokens for row in one_each.rows] == [1, 1, 1]
+
+
+def test_the_longest_prompt_has_positions_in_the_model() -> None:
+    for longest, block_tokens in [(1, 16), (16, 16), (17, 16), (2048, 16), (2047, 16)]:
+        max_blocks = -(-longest // block_tokens) + 1
+        assert 1 <= longest_prompt(max_blocks, block_tokens) <= longest
+
+
+@pytest.mark.parametrize("sampling", [PLAIN, WIDEST], ids=["plain", "widest"])
+def test_profiling_runs_every_part_of_an_iteration(decoder, sampling) -> None:
+    """And leaves a runner whose later tokens are right, for slot 0 is written anew."""
+    mine, theirs = Fused(decoder), reference(decoder)
+    assert (mine.runner.profile(30, sampling) > 0) is mine.kv[0].is_cuda
+    assert mine.kv[0][0].isnan().sum() < mine.kv[0][1].isnan().sum()
+    assert mine.kv[0][1:].isnan().all(), "something but slot 0 was written"
+    assert mine.generate([[5, 6, 7]], 4) == theirs.generate([[5, 6, 7]], 4)
+
+
+def test_a_runner_of_the_smallest_sizes_warms_up(decoder) -> None:
+    config = decoder.config
+    kv = [
+        torch.zeros(4, 2, config.kv_heads, 16, config.head_dim, device=decoder.device)
+        for _ in range(config.num_layers)
+    ]
+    layout = KvLayout(
+        num_layers=config.num_layers,
+        block_tokens=16,
+        kv_heads=config.kv_heads,
+        head_dim=config.head_dim,
+        item_bytes=4,
+    )
+    runner = FusedRunner(decoder, kv, layout, lanes=1, max_blocks=2, max_tokens=1)
+    runner.warm_up()
+    assert runner.graph_bytes > 0
+    runner.close()
