@@ -81,6 +81,8 @@ BY_NAME = {
     "prompt_logprobs": PARTS[PromptLogprobs],
     "advances": PARTS[Advance],
     "is_staged": st.booleans(),
+    "is_all": st.booleans(),
+    "longest": st.none() | INTS,
     "cache_salt": st.none() | st.text(max_size=8),
 }
 MANY = {"rows", "bindings", "tables", "runs", "moves", "sampled", "prompt_logprobs", "advances"}
