@@ -73,6 +73,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     itl_target_s: float | None = None
     """CUDA device: how long an iteration that prefills may take, which is what others wait for
     their next token meanwhile. Sets `token_budget`, so only one of the two may be given."""
+    itl_limit_s: float | None = None
+    """What an iteration that only decodes may take for streaming's sake: no more is streamed than
+    keeps it below. None: streaming is limited by what hides behind compute alone."""
     prefix_caching: bool = True
     """Requests with the same leading tokens share KV blocks, also with those that have ended."""
     iterations_in_flight: int = 2
@@ -122,6 +125,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
                 option="streamed_blocks",
             )
         self._check_gpu()
+        self._check_itl_limit()
         if self.iterations_in_flight not in (1, 2):
             raise ConfigError(
                 f"iterations_in_flight must be 1 or 2, not {self.iterations_in_flight}",
@@ -136,18 +140,20 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
     def _check_gpu(self) -> None:
         check_gpu_memory(self.gpu_memory)
-        if self.itl_target_s is None:
-            return
-        if not 0 < self.itl_target_s < math.inf:
-            raise ConfigError(
-                f"itl_target_s must be above 0, not {self.itl_target_s}; leave it out for no "
-                "target",
-                option="itl_target_s",
-            )
-        if self.token_budget is not None:
+        _time_or_none("itl_target_s", self.itl_target_s)
+        if self.itl_target_s is not None and self.token_budget is not None:
             raise ConfigError(
                 "itl_target_s and token_budget set the same thing; give one of them",
                 option="itl_target_s",
+            )
+
+    def _check_itl_limit(self) -> None:
+        _time_or_none("itl_limit_s", self.itl_limit_s)
+        if self.itl_limit_s is not None and self.streamed_blocks is not None:
+            raise ConfigError(
+                "itl_limit_s is for the governor, and streamed_blocks fixes what it would decide; "
+                "give one of them",
+                option="itl_limit_s",
             )
 
     def _check_types(self) -> None:
@@ -174,6 +180,13 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
                 raise ConfigError(
                     f"{field.name} is {value!r}: {error}", option=field.name
                 ) from None
+
+
+def _time_or_none(name: str, value: float | None) -> None:
+    if value is not None and not 0 < value < math.inf:
+        raise ConfigError(
+            f"{name} must be above 0, not {value}; leave it out for none", option=name
+        )
 
 
 def _at_least(name: str, value: int, least: int) -> None:

@@ -275,6 +275,8 @@ class IterationObserved(Message, frozen=True, kw_only=True):
     staging_busy_s: float
     decode_rows: int
     prefill_tokens: int
+    resident_blocks: int
+    """In use on the device, whoever reads them."""
     streamed_blocks: int
     wanted_blocks: int
     """Blocks that would have to be streamed for everything submitted to run at once."""

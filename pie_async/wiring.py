@@ -20,7 +20,7 @@ from pie_async.assembly.sizing import SPARE_SLOTS
 from pie_async.config import EngineConfig
 from pie_async.core.headroom import Expansion
 from pie_async.core.residency import ResidencyMap
-from pie_async.core.schedule import Schedule
+from pie_async.core.schedule import SHRINK_TOLERANCE, Schedule
 from pie_async.device.launcher import Launcher
 from pie_async.errors import MailboxClosed
 from pie_async.messages import PoolGrown
@@ -75,6 +75,7 @@ class Actors:
             headroom = Expansion(
                 block_bytes=block_bytes,
                 most_blocks=self.most_streamed,
+                itl_limit_s=config.itl_limit_s,
                 decode_floor_s=parts.decode_floor_s,
             )
             governor = ExpansionGovernorActor(headroom, to_scheduler, observer=observer)
@@ -120,6 +121,7 @@ def _schedule(parts: Parts, config: EngineConfig) -> Schedule:
         eos_ids=parts.eos_ids,
         shares_prefixes=config.prefix_caching,
         prefix_seed=secrets.token_bytes(32),
+        shrink_tolerance=SHRINK_TOLERANCE if config.itl_limit_s is None else 1.0,
         awaits_pool=memory.first_host_slots < memory.host_slots,
         streamed_limit=min(config.streamed_blocks or 0, _most_streamed(parts)),
     )

@@ -136,6 +136,18 @@ def test_gpu_memory_that_is_nonsense_is_refused(value):
 
 
 @pytest.mark.parametrize("target", [0.0, -1.0, float("inf"), float("nan")])
+def test_an_itl_limit_is_a_time(target):
+    with pytest.raises(ConfigError) as refused:
+        EngineConfig(itl_limit_s=target)
+    assert refused.value.option == "itl_limit_s"
+
+
+def test_an_itl_limit_and_a_fixed_number_of_streamed_blocks_exclude_each_other():
+    with pytest.raises(ConfigError, match="itl_limit_s is for the governor"):
+        EngineConfig(itl_limit_s=0.05, streamed_blocks=3)
+
+
+@pytest.mark.parametrize("target", [0.0, -1.0, math.inf, math.nan])
 def test_an_itl_target_is_a_time(target):
     with pytest.raises(ConfigError, match="above 0") as refused:
         EngineConfig(itl_target_s=target)

@@ -162,6 +162,7 @@ def test_a_wrong_field_is_refused():
             staging_busy_s=0.0,
             decode_rows=0,
             prefill_tokens=0,
+            resident_blocks=0,
             streamed_blocks=0,
             wanted_blocks=0,
         )

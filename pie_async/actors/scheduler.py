@@ -202,6 +202,7 @@ class SchedulerActor(Actor[SchedulerMail]):
                 staging_busy_s=staged.busy_s if staged else 0.0,
                 decode_rows=launched.decode_rows,
                 prefill_tokens=launched.prefill_tokens,
+                resident_blocks=launched.resident_blocks,
                 streamed_blocks=launched.streamed_blocks,
                 wanted_blocks=launched.wanted_blocks,
             )

@@ -203,6 +203,10 @@ FLAGS: dict[str, _Flag] = {
         "Most time between two tokens while others prefill; sets the token budget (cuda).",
         "no target",
     ),
+    "itl_limit_s": _Flag(
+        "--itl-limit", seconds, "TIME",
+        "Most time that an iteration may take for the sake of streaming.", "no limit",
+    ),
     "prefix_caching": _Flag(
         "--prefix-caching", None, None,
         "Share the KV of equal leading tokens, also of requests that have ended.", "on",

@@ -233,6 +233,7 @@ class _Batch:
                 rows=tuple(plan.rows),
                 decode_rows=self._decode_rows,
                 prefill_tokens=num_tokens - self._decode_rows,
+                resident_blocks=schedule.residency.used_device,
                 streamed_blocks=schedule.residency.num_streamed,
                 wanted_blocks=pressure.wanted_streamed(schedule),
                 is_staged=bool(plan.runs),

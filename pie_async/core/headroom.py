@@ -48,10 +48,16 @@ class Expansion(msgspec.Struct, frozen=True, kw_only=True):
     limit_blocks: int = 0
     link_bytes_per_s: float = 0.0
     """Measured; 0 until something was copied."""
+    itl_limit_s: float | None = None
+    """What an iteration that only decodes may take; None: as long as it likes."""
     decode_floor_s: float = 0.0
     """No iteration is shorter, as far as the device is known; 0: unknown."""
     decode_s: float = 0.0
     """Compute time of a decode-only iteration, without stall; 0 until one ran."""
+    resident_blocks: int = 0
+    """In use on the device."""
+    block_s: float = 0.0
+    """What one more block, resident or streamed, adds to a decode-only iteration, smoothed."""
     stall_share: float = 0.0
     """Stall per compute time, smoothed."""
     busy_share: float = 0.0
@@ -74,9 +80,20 @@ class Expansion(msgspec.Struct, frozen=True, kw_only=True):
     def bound_blocks(self) -> int:
         """Blocks whose staging hides behind a decode-only iteration."""
         if not self.is_measured:
-            return min(self.limit_blocks + FIRST_STEP_BLOCKS, self.most_blocks)
+            return min(self.limit_blocks + FIRST_STEP_BLOCKS, self.timely_blocks)
         hidden = LINK_SHARE * self.link_bytes_per_s * self.hiding_s / self.block_bytes
-        return min(int(hidden), self.most_blocks)
+        return min(int(hidden), self.timely_blocks)
+
+    @property
+    def timely_blocks(self) -> int:
+        """Blocks that may be streamed for the ITL limit's sake: what is streamed is read by
+        sequences that would not run without it, and each of them makes iterations longer."""
+        if self.itl_limit_s is None:
+            return self.most_blocks
+        if not self.block_s:
+            return 0  # nothing that only decoded has been seen: nobody knows what it would cost
+        in_all = (self.itl_limit_s - self.decode_floor_s) / self.block_s
+        return max(0, min(int(in_all) - self.resident_blocks, self.most_blocks))
 
 
 def decide(state: Expansion, seen: IterationObserved) -> Expansion:
@@ -91,7 +108,7 @@ def decide(state: Expansion, seen: IterationObserved) -> Expansion:
         return _shrink_on_stall(state, seen)
     bound = state.bound_blocks
     if state.limit_blocks > bound and state.is_measured:
-        return _set(state, bound, f"{bound} blocks hide behind a {state.hiding_s:.4g} s decode")
+        return _set(state, bound, _why(state))
     if seen.wanted_blocks == 0 and seen.streamed_blocks == 0:
         return _set(state, 0, "everything fits on the device")
     if seen.wanted_blocks > HEADROOM_SHARE * state.limit_blocks and bound > state.limit_blocks:
@@ -105,11 +122,16 @@ def _stalls(state: Expansion) -> bool:
 
 
 def _measure(state: Expansion, seen: IterationObserved) -> Expansion:
-    link, decode_s = state.link_bytes_per_s, state.decode_s
+    link, decode_s, block_s = state.link_bytes_per_s, state.decode_s, state.block_s
     if seen.staged_bytes and seen.staging_busy_s > 0:
         link = _blend(link, seen.staged_bytes / seen.staging_busy_s)
     if seen.decode_rows and not seen.prefill_tokens:
         decode_s = _blend(decode_s, seen.compute_s)
+        blocks = seen.resident_blocks + seen.streamed_blocks
+        if blocks:
+            # With the stall: a client waits for that too.
+            took_s = seen.compute_s + seen.stall_s - state.decode_floor_s
+            block_s = _blend(block_s, max(took_s, 0.0) / blocks)
     compute_s = max(seen.compute_s, 1e-9)
     stall_share = seen.stall_s / compute_s
     busy_share = seen.staging_busy_s / (compute_s + seen.stall_s)
@@ -117,9 +139,18 @@ def _measure(state: Expansion, seen: IterationObserved) -> Expansion:
         state,
         link_bytes_per_s=link,
         decode_s=decode_s,
+        resident_blocks=seen.resident_blocks,
+        block_s=block_s,
         stall_share=state.stall_share + SMOOTHING * (stall_share - state.stall_share),
         busy_share=state.busy_share + SMOOTHING * (busy_share - state.busy_share),
     )
+
+
+def _why(state: Expansion) -> str:
+    """What the bound is made of."""
+    if state.itl_limit_s is not None and state.bound_blocks == state.timely_blocks:
+        return f"{state.bound_blocks} blocks keep iterations within {state.itl_limit_s:.4g} s"
+    return f"{state.bound_blocks} blocks hide behind a {state.hiding_s:.4g} s decode"
 
 
 def _blend(old: float, new: float) -> float:

@@ -20,8 +20,6 @@ LOOKAHEAD_ITERATIONS = 4
 PATIENCE_PLANS = 4
 """Plans in a row with a starved sequence before another one is parked: blocks written by the
 iterations in flight may be demoted once those settle."""
-SHRINK_TOLERANCE = 1.25
-"""Streamed blocks may exceed a lowered limit by this factor before a sequence is parked."""
 
 
 def room(schedule: Schedule) -> int:
@@ -58,7 +56,7 @@ def preempt(schedule: Schedule) -> None:
             schedule.park(schedule.running[-1])
         elif residency.available_host == 0:
             _drop_last_parked(schedule)
-    elif residency.num_streamed > schedule.streamed_limit * SHRINK_TOLERANCE + 1:
+    elif residency.num_streamed > schedule.streamed_limit * schedule.shrink_tolerance + 1:
         _shrink(schedule)
 
 

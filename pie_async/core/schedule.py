@@ -23,6 +23,10 @@ from pie_async.outputs import FinishReason
 
 _by_order = attrgetter("order")
 
+SHRINK_TOLERANCE = 1.25
+"""Unless there is a limit in time: parking at once what a small change of the limit is about
+would have sequences come and go."""
+
 
 @dataclass(slots=True)
 class Launched:
@@ -32,6 +36,7 @@ class Launched:
     rows: tuple[Row, ...]
     decode_rows: int
     prefill_tokens: int
+    resident_blocks: int
     streamed_blocks: int
     wanted_blocks: int
     is_staged: bool
@@ -69,6 +74,8 @@ class Schedule:
     """Makes the blocks' digests this process's own."""
     streamed_limit: int = 0
     """Blocks that may be streamed, as the governor says."""
+    shrink_tolerance: float = SHRINK_TOLERANCE
+    """Streamed blocks may exceed a lowered limit by this factor before a sequence is parked."""
     least_streamed: int = 0
     """Blocks that are streamed even where everything fits: for measurements."""
 

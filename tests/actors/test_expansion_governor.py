@@ -15,6 +15,7 @@ def observed(wanted: int) -> IterationObserved:
         staging_busy_s=0.0,
         decode_rows=4,
         prefill_tokens=0,
+        resident_blocks=0,
         streamed_blocks=0,
         wanted_blocks=wanted,
     )

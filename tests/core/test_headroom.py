@@ -38,6 +38,7 @@ def seen(**changes) -> IterationObserved:
         staging_busy_s=0.0,
         decode_rows=8,
         prefill_tokens=0,
+        resident_blocks=0,
         streamed_blocks=0,
         wanted_blocks=0,
     )
@@ -63,6 +64,7 @@ def iteration(
         staged_bytes=staged,
         staging_busy_s=staged / link,
         prefill_tokens=prefill_tokens,
+        resident_blocks=0,
         streamed_blocks=streamed,
         wanted_blocks=wanted,
     )
@@ -217,3 +219,70 @@ def test_while_prompts_keep_coming_the_device_s_own_bound_stands_for_a_decode_it
     assert CAREFUL_FROM * hidden - 1 <= state.limit_blocks <= hidden
     state = decide(state, iteration(state, wanted=1000))
     assert state.bound_blocks == HIDDEN
+
+
+# --- a limit in time --------------------------------------------------------------------------
+
+RESIDENT = 400
+FLOOR_S, BLOCK_S = 5e-3, 5e-6
+"""Of a device on which an iteration takes 7 ms with the resident blocks alone."""
+
+
+def timed(state: Expansion, wanted: int, **changes) -> IterationObserved:
+    """What is streamed is read by sequences of its own: iterations grow with it."""
+    streamed = min(state.limit_blocks, wanted)
+    staged = streamed * BLOCK_BYTES
+    return seen(
+        compute_s=FLOOR_S + (RESIDENT + streamed) * BLOCK_S,
+        staged_bytes=staged,
+        staging_busy_s=staged / LINK,
+        resident_blocks=RESIDENT,
+        streamed_blocks=streamed,
+        wanted_blocks=wanted,
+        **changes,
+    )
+
+
+@pytest.mark.parametrize("floor_s", [FLOOR_S, 0.0], ids=["floor-known", "floor-unknown"])
+def test_no_more_is_streamed_than_keeps_iterations_within_the_limit(floor_s):
+    limit_s = 7.5e-3
+    state = msgspec.structs.replace(fresh(), itl_limit_s=limit_s, decode_floor_s=floor_s)
+    for _ in range(200):
+        observed = timed(state, wanted=1000)
+        assert observed.compute_s <= limit_s
+        state = decide(state, observed)
+    fits = (limit_s - FLOOR_S) / BLOCK_S - RESIDENT
+    assert state.limit_blocks <= fits
+    assert state.limit_blocks >= (0.9 * fits if floor_s else 1)
+    if floor_s:
+        assert state.bound_blocks == state.timely_blocks < HIDDEN
+
+
+def test_an_iteration_that_is_too_long_without_streaming_leaves_nothing_to_stream():
+    state = msgspec.structs.replace(fresh(), itl_limit_s=6e-3, decode_floor_s=FLOOR_S)
+    for _ in range(50):
+        state = decide(state, timed(state, wanted=1000))
+    assert state.limit_blocks == 0
+
+
+def test_until_a_decode_iteration_was_seen_a_limit_in_time_allows_nothing():
+    state = msgspec.structs.replace(fresh(), itl_limit_s=1.0, decode_floor_s=FLOOR_S)
+    for _ in range(50):
+        state = decide(state, timed(state, wanted=1000, prefill_tokens=100))
+    assert state.limit_blocks == 0
+    for _ in range(50):
+        state = decide(state, timed(state, wanted=1000))
+    assert state.limit_blocks > HIDDEN // 2
+
+
+def test_longer_sequences_take_room_from_streaming_and_the_reason_is_told():
+    state = msgspec.structs.replace(fresh(), itl_limit_s=7.5e-3, decode_floor_s=FLOOR_S)
+    for _ in range(100):
+        state = decide(state, timed(state, wanted=1000))
+    before = state.limit_blocks
+    for _ in range(60):
+        longer = msgspec.structs.replace(timed(state, wanted=1000), resident_blocks=RESIDENT + 40)
+        longer = msgspec.structs.replace(longer, compute_s=longer.compute_s + 40 * BLOCK_S)
+        state = decide(state, longer)
+    assert before - 50 <= state.limit_blocks <= before - 30
+    assert "within 0.0075 s" in state.reason
