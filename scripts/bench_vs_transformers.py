@@ -35,8 +35,8 @@ import torch
 import transformers
 
 from pie_async import LLM, SamplingParams
-from pie_async.cli.hardware import read_hardware
 from pie_async.config import BUILTIN_MODEL, parse_size
+from pie_async.hardware import read_hardware
 from pie_async.model.checkpoint import resolve_model
 
 FIRST_TOKEN = 16

@@ -138,14 +138,14 @@ class _Batch:
         return bool(parked) and parked[0].order < seq.order
 
     def _may_admit(self, seq: Sequence) -> bool:
-        """Whether its tokens fit beside what runs, with a block to grow for each."""
+        """Whether its tokens fit beside what runs, with room to grow for that."""
         residency = self._schedule.residency
         if residency.free_device == 0 or residency.num_streamed > self._schedule.streamed_limit:
             return False
-        num_running = len(self._schedule.running) + len(self._schedule.resuming)
-        if num_running == 0:
+        reserve = self._schedule.growth_reserve
+        if reserve == 0:
             return True
-        wanted = self._schedule.blocks_for(len(seq.tokens)) + self._promised_blocks + num_running
+        wanted = self._schedule.blocks_for(len(seq.tokens)) + self._promised_blocks + reserve
         return wanted <= pressure.room(self._schedule)
 
     def _add_chunk(self, seq: Sequence) -> None:

@@ -92,7 +92,7 @@ def _admission_blocks(schedule: Schedule) -> int:
         return 0
     size = schedule.block_tokens
     blocks = schedule.blocks_for(len(seq.tokens))
-    if schedule.running and blocks + len(schedule.running) > room(schedule):
+    if schedule.running and blocks + schedule.growth_reserve > room(schedule):
         return 0
     return min(blocks, schedule.token_budget // size + 1)
 

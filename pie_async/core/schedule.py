@@ -23,6 +23,12 @@ from pie_async.outputs import FinishReason
 
 _by_order = attrgetter("order")
 
+LEAST_GROWTH_BLOCKS, MOST_GROWTH_BLOCKS = 1.0, 4.0
+GROWTH_PER_PARKING, GROWTH_PER_END = 0.5, 0.025
+"""How much room to grow admission leaves: more after a parking, less with every sequence that
+ends, so that one in twenty is parked. Nobody knows how long outputs will be; with always one block
+a quarter of long ones was parked under overload, with always two a third fewer short ones ran."""
+
 SHRINK_TOLERANCE = 1.25
 """Unless there is a limit in time: parking at once what a small change of the limit is about
 would have sequences come and go."""
@@ -89,6 +95,8 @@ class Schedule:
     parked: list[Sequence] = field(default_factory=list)
     """In serving order."""
     in_flight: deque[Launched] = field(default_factory=deque)
+    growth_blocks: float = LEAST_GROWTH_BLOCKS
+    """For each running sequence so many blocks are kept free of new ones, on the average."""
     promotions: deque[BlockMove] = field(default_factory=deque)
     """Swap-ins that were decided and wait for their turn on the link."""
     counts: Counts = field(default_factory=Counts)
@@ -212,6 +220,11 @@ class Schedule:
         return self.residency.moving_in > 0 or self.residency.moving_out > 0
 
     @property
+    def growth_reserve(self) -> int:
+        """Blocks that running and resuming sequences are to find when they grow."""
+        return round(self.growth_blocks * (len(self.running) + len(self.resuming)))
+
+    @property
     def free_lanes(self) -> int:
         """Lanes that nobody runs in and no resuming sequence is going to."""
         return self.lanes.num_free - len(self.resuming)
@@ -250,6 +263,7 @@ class Schedule:
             if block.is_streamed and not is_read_by_running(block):
                 self.residency.unstage(block)
         self.counts.preemptions_parked += 1
+        self.growth_blocks = min(MOST_GROWTH_BLOCKS, self.growth_blocks + GROWTH_PER_PARKING)
 
     def resume(self, seq: Sequence) -> None:
         """Its copies are under way; `swapped_in` will start it."""
@@ -286,6 +300,7 @@ class Schedule:
         del self.sequences[seq.id]
         self._free_followers(seq)
         self.counts.sequences_finished += 1
+        self.growth_blocks = max(LEAST_GROWTH_BLOCKS, self.growth_blocks - GROWTH_PER_END)
         self.counts.sequences_cancelled += reason == "abort"
 
     def _enqueue(self, seq: Sequence) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from pie_async.core.schedule import GROWTH_PER_END, GROWTH_PER_PARKING, LEAST_GROWTH_BLOCKS
 from pie_async.core.sequence import LEGAL_MOVES, Sequence, State
 from pie_async.ids import SequenceId
 from pie_async.messages import PoolGrown
@@ -324,3 +325,22 @@ def test_where_the_pool_stays_small_sequences_end_when_the_memories_are_full():
     assert (ended.sequence, ended.finish_reason) == (2, "abort")
     device.run()
     assert len(device.outputs[1]) == longest - 30 and device.ended[1] == "length"
+
+
+def test_parking_makes_admission_leave_more_room_to_grow_and_ends_less():
+    schedule = a_schedule()
+    device = PerfectDevice(schedule)
+    device.submit(4, 12)
+    device.submit(4, 12)
+    device.plan()
+    assert schedule.growth_reserve == 2, "a block for each"
+    parked = schedule.running[-1]
+    schedule.park(parked)
+    assert schedule.growth_blocks == LEAST_GROWTH_BLOCKS + GROWTH_PER_PARKING
+    before = schedule.growth_blocks
+    schedule.cancel([parked.id], "abort")
+    assert schedule.growth_blocks == before - GROWTH_PER_END
+    for _ in range(50):
+        device.submit(4, 1)
+    device.run()
+    assert schedule.growth_blocks == LEAST_GROWTH_BLOCKS
