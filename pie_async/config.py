@@ -58,10 +58,15 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """The device arena: KV that is resident. None: 256 MiB; on the CUDA device, what
     everything else leaves under `gpu_memory`."""
     host_pool_bytes: int = 1 * GIB
-    """Ceiling of the host pool; 0 switches pooling off (preemption recomputes)."""
+    """Ceiling of the pool, whichever memory it lies in; 0 switches pooling off (preemption
+    recomputes)."""
+    pool: str = "host"
+    """What memory holds the pool: "host", this machine's, or on the CUDA device "peer:N", GPU N's
+    (among those that the process sees), which is to be joined to the computing one by NVLink."""
     max_streamed_bytes: int | None = None
     """CUDA device: most KV that one iteration may stream. The staging ring takes its share of it,
-    `ring_depth` layer groups of all. None: 2 GiB, or what `max_model_len` needs if that is set."""
+    `ring_depth` layer groups of all. None: 2 GiB, 8 with the pool in
+    another GPU, or what `max_model_len` needs if that is set."""
     block_tokens: int = 16
     max_model_len: int | None = None
     """Longest prompt plus output; None: what the model and the memory can hold."""
@@ -125,6 +130,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
                 option="streamed_blocks",
             )
         self._check_gpu()
+        self._check_pool()
         self._check_itl_limit()
         if self.iterations_in_flight not in (1, 2):
             raise ConfigError(
@@ -145,6 +151,16 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             raise ConfigError(
                 "itl_target_s and token_budget set the same thing; give one of them",
                 option="itl_target_s",
+            )
+
+    def _check_pool(self) -> None:
+        place = parse_pool(self.pool)
+        if place.peer is not None and self.device != "cuda":
+            instead = "; sim_link nvlink simulates it" if self.device == "sim" else ""
+            raise ConfigError(
+                f"pool {place} is memory of a GPU, and device is {self.device}; use pool host or "
+                f"device cuda{instead}",
+                option="pool",
             )
 
     def _check_itl_limit(self) -> None:
@@ -222,6 +238,38 @@ def parse_size(text: str, *, option: str) -> int:
         )
     number, unit = match.groups()
     return int(float(number) * _UNITS[(unit or "").lower()])
+
+
+class PoolPlace(msgspec.Struct, frozen=True):
+    """What `EngineConfig.pool` means: which memory holds the pool."""
+
+    peer: int | None = None
+    """Ordinal of the GPU whose memory it is, among those that this process sees; None: the host's
+    memory."""
+
+    def __str__(self) -> str:
+        return "host" if self.peer is None else f"peer:{self.peer}"
+
+
+_PEER = re.compile(r"peer:([0-9]{1,3})")
+
+
+def parse_pool(text: str) -> PoolPlace:
+    """The place from "host" or "peer:N".
+
+    Raises:
+        ConfigError: neither of them; lists both.
+    """
+    name = text.strip()
+    if name == "host":
+        return PoolPlace()
+    if match := _PEER.fullmatch(name):
+        return PoolPlace(peer=int(match[1]))
+    raise ConfigError(
+        f"pool must be host (this machine's memory) or peer:N (memory of GPU N, for example "
+        f"peer:1), not {text!r}",
+        option="pool",
+    )
 
 
 _LEAST_GPU_BYTES = MIB

@@ -8,11 +8,12 @@ import pytest
 
 from pie_async.assembly.sizing import (
     MAX_STREAMED_BYTES,
+    PEER_MAX_STREAMED_BYTES,
     count_staging_slots,
     default_limits,
     model_layout,
 )
-from pie_async.config import GIB, KIB, MIB, EngineConfig, format_size, parse_size
+from pie_async.config import GIB, KIB, MIB, EngineConfig, format_size, parse_pool, parse_size
 from pie_async.errors import ConfigError
 
 
@@ -168,6 +169,36 @@ def test_limits_suit_the_device_unless_they_are_set(device, limits):
     assert default_limits(given) == (100, 7)
 
 
+@pytest.mark.parametrize(
+    ("text", "peer"),
+    [("host", None), (" host ", None), ("peer:0", 0), ("peer:1", 1), ("peer:12", 12)],
+)
+def test_a_pools_place_is_the_host_or_a_numbered_gpu(text: str, peer: int | None):
+    place = parse_pool(text)
+    assert place.peer == peer
+    assert str(place) == text.strip()
+    assert EngineConfig(device="cuda", pool=text).pool == text
+
+
+@pytest.mark.parametrize(
+    "text", ["", "peer", "peer:", "peer:-1", "peer:1.5", "peer:x", "Host", "gpu:1"]
+)
+def test_another_pools_name_is_refused_with_what_is_possible(text: str):
+    with pytest.raises(ConfigError, match=r"pool must be host .* or peer:N") as refused:
+        EngineConfig(device="cuda", pool=text)
+    assert refused.value.option == "pool"
+
+
+@pytest.mark.parametrize(
+    ("device", "says"),
+    [("cpu", "device is cpu; use pool host or device cuda$"), ("sim", "sim_link nvlink simulates")],
+)
+def test_a_peer_pool_needs_gpus(device: str, says: str):
+    with pytest.raises(ConfigError, match=says) as refused:
+        EngineConfig(device=device, pool="peer:1")
+    assert refused.value.option == "pool"
+
+
 class TestStagingSlots:
     """How many blocks one iteration on a GPU may stream."""
 
@@ -184,6 +215,10 @@ class TestStagingSlots:
 
     def test_the_default_is_what_a_link_moves_in_an_iteration(self):
         assert self.count() == MAX_STREAMED_BYTES // self.BLOCK_BYTES
+
+    def test_a_faster_link_moves_more_of_it(self):
+        slots = self.count(pool="peer:1")
+        assert slots == PEER_MAX_STREAMED_BYTES // self.BLOCK_BYTES > self.count()
 
     def test_no_more_than_the_pool_has(self):
         assert self.count(host_slots=3) == 3

@@ -25,7 +25,7 @@ from pie_async.assembly.sizing import (
     default_limits,
     model_layout,
 )
-from pie_async.config import EngineConfig
+from pie_async.config import EngineConfig, parse_pool
 from pie_async.core.layout import KvLayout
 from pie_async.core.token_budget import IterationCost, tokens_within
 from pie_async.errors import ConfigError
@@ -60,14 +60,19 @@ def assemble_cuda(config: EngineConfig, progress: Progress | None) -> Parts:
     from pie_async.cuda.card_memory import CardMemory
     from pie_async.cuda.device import CudaDevice
     from pie_async.cuda.driver import Driver
+    from pie_async.cuda.peer_arena import open_peer
 
-    require_poolable(config.host_pool_bytes)
+    place = parse_pool(config.pool)
+    if place.peer is None:
+        require_poolable(config.host_pool_bytes)
     files = read_files(config)
     require_cuda("fp8" if files.config.quantization else None)  # the checkpoint's own
     check_kernels(config, files.config)
     dtype: torch.dtype = getattr(torch, files.dtype_name)
     check_attention(config, files.config, dtype)
     driver = Driver(torch.device("cuda"))
+    if place.peer is not None:
+        open_peer(driver, place.peer, config.host_pool_bytes)
     memory = CardMemory(driver, config.gpu_memory)
     memory.require_weights(files.config.weight_bytes(dtype.itemsize), files.dtype_name)
     limits = _cuda_limits(config, files, dtype, driver, memory)
@@ -88,6 +93,7 @@ def assemble_cuda(config: EngineConfig, progress: Progress | None) -> Parts:
         staging_slots=sizes.staging_slots,
         dtype=dtype,
         poisons=config.debug,
+        in_neighbour=place.peer is not None,
     )
     runner = _cuda_runner(config, limits, sizes, decoder, product, attention, device.arena.layers)
     device.load(runner)

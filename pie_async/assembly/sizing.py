@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Protocol
 
 from pie_async.assembly.parts import Limits
-from pie_async.config import DEVICE_KV_BYTES, GIB, EngineConfig, format_size
+from pie_async.config import DEVICE_KV_BYTES, GIB, EngineConfig, format_size, parse_pool
 from pie_async.core.layout import KvLayout
 from pie_async.core.token_budget import UNLIMITED_TOKENS
 from pie_async.errors import ConfigError
@@ -22,6 +22,8 @@ GPU_LAYER_GROUPS = 8
 every one is a graph and two waits."""
 MAX_STREAMED_BYTES = 2 * GIB
 """What PCIe 5 moves in 40 ms: more than hides behind the iterations of most loads."""
+PEER_MAX_STREAMED_BYTES = 8 * GIB
+"""The same for a pool in another GPU: what NVLink moves in 20 ms."""
 SPARE_SLOTS = 3
 """Slots that one sequence alone cannot fill: its next block, and copies under way."""
 
@@ -101,7 +103,7 @@ def count_device_slots(config: EngineConfig, layout: KvLayout) -> int:
 
 
 def count_host_slots(config: EngineConfig, layout: KvLayout) -> int:
-    """Slots of the host pool.
+    """Slots of the pool, in whichever memory it lies.
 
     Raises:
         ConfigError: it is less than one block.
@@ -132,7 +134,9 @@ def count_staging_slots(config: EngineConfig, layout: KvLayout, host_slots: int)
                 option="max_streamed_bytes",
             )
         return min(host_slots, slots)
-    slots = max(1, MAX_STREAMED_BYTES // layout.block_bytes)
+    is_near = parse_pool(config.pool).peer is not None
+    most_bytes = PEER_MAX_STREAMED_BYTES if is_near else MAX_STREAMED_BYTES
+    slots = max(1, most_bytes // layout.block_bytes)
     if config.max_model_len is not None and config.device_kv_bytes is not None:
         longest = layout.blocks_for(config.max_model_len) + SPARE_SLOTS
         slots = max(slots, longest - count_device_slots(config, layout))

@@ -22,6 +22,7 @@ from pie_async.config import (
     Quantization,
     check_gpu_memory,
     format_size,
+    parse_pool,
     parse_size,
 )
 from pie_async.errors import ConfigError
@@ -66,6 +67,12 @@ def gpu_memory(text: str) -> str:
     return text
 
 
+def pool(text: str) -> str:
+    """The pool's place, as written."""
+    _refusing(lambda: parse_pool(text))
+    return text
+
+
 def load_format(text: str) -> str:
     """Where weights come from."""
     if text == "dummy":
@@ -84,10 +91,10 @@ def one_of(*allowed: str) -> Callable[[str], str]:
     return parse
 
 
-_Number = TypeVar("_Number", int, float)
+_Meant = TypeVar("_Meant")
 
 
-def _refusing(parse: Callable[[], _Number]) -> _Number:
+def _refusing(parse: Callable[[], _Meant]) -> _Meant:
     try:
         return parse()
     except ConfigError as error:
@@ -130,12 +137,18 @@ FLAGS: dict[str, _Flag] = {
         f"{format_size(DEVICE_KV_BYTES)}; on cuda what --gpu-memory leaves", _MEMORY,
     ),
     "host_pool_bytes": _Flag(
-        "--host-pool", size, "SIZE", "Ceiling of the host pool; 0 switches pooling off.",
+        "--host-pool", size, "SIZE",
+        "Ceiling of the pool, wherever it is; 0 switches pooling off.",
         format_size(_DEFAULTS.host_pool_bytes), _MEMORY,
+    ),
+    "pool": _Flag(
+        "--pool", pool, "host|peer:N",
+        "Memory that holds the pool: this machine's, or GPU N's (cuda).",
+        _DEFAULTS.pool, _MEMORY,
     ),
     "max_streamed_bytes": _Flag(
         "--max-streamed", size, "SIZE", "Most KV that an iteration may stream (cuda).",
-        "2GiB, or what --max-model-len needs", _MEMORY,
+        "2GiB (with --pool peer:N 8GiB), or what --max-model-len needs", _MEMORY,
     ),
     "streamed_blocks": _Flag(
         "--streamed-blocks", count, "N", "Fix how many blocks may be streamed.",

@@ -24,6 +24,7 @@ from pie_async.config import (
     MIB,
     EngineConfig,
     format_size,
+    parse_pool,
 )
 from pie_async.core.layout import KvLayout
 from pie_async.hardware import read_hardware, usable_bytes
@@ -51,6 +52,8 @@ class MemoryPlan(msgspec.Struct, frozen=True, kw_only=True):
     """Whether the arena gets what is left on the GPU, which only loading the model can tell."""
     device_blocks: int
     device_tokens: int
+    pool: str
+    """`EngineConfig.pool`."""
     host_pool_bytes: int
     host_blocks: int
     host_tokens: int
@@ -91,6 +94,7 @@ def memory_plan(config: EngineConfig) -> MemoryPlan:
         is_estimated=_is_left_over(config),
         device_blocks=device_blocks,
         device_tokens=device_blocks * layout.block_tokens,
+        pool=config.pool,
         host_pool_bytes=config.host_pool_bytes,
         host_blocks=host_blocks,
         host_tokens=host_blocks * layout.block_tokens,
@@ -124,11 +128,16 @@ def plan_lines(plan: MemoryPlan) -> Iterator[str]:
     )
     if plan.host_blocks:
         yield (
-            f"host pool up to {format_size(plan.host_pool_bytes)}: {plan.host_blocks:,} blocks, "
-            f"{plan.host_tokens:,} more tokens (--host-pool)"
+            f"{_pool(plan)} up to {format_size(plan.host_pool_bytes)}: "
+            f"{plan.host_blocks:,} blocks, {plan.host_tokens:,} more tokens (--host-pool)"
         )
     else:
-        yield "host pool off: what does not fit is recomputed (--host-pool)"
+        yield f"{_pool(plan)} off: what does not fit is recomputed (--host-pool)"
+
+
+def _pool(plan: MemoryPlan) -> str:
+    peer = parse_pool(plan.pool).peer
+    return "host pool" if peer is None else f"pool in the memory of GPU {peer}"
 
 
 def _is_left_over(config: EngineConfig) -> bool:
@@ -213,7 +222,7 @@ def memory_warning(plan: MemoryPlan) -> str | None:
     usable = usable_bytes(read_hardware())
     if plan.family == "simulated" or usable is None:
         return None
-    wanted = plan.host_pool_bytes
+    wanted = plan.host_pool_bytes if parse_pool(plan.pool).peer is None else 0
     if not plan.is_on_gpu:
         wanted += plan.weight_bytes + plan.device_kv_bytes
     if wanted <= usable:

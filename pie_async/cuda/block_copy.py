@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from pie_async.cuda.host_arena import HostArena
+from pie_async.cuda.pool_arena import PoolArena
 from pie_async.cuda.vmm import DeviceArena
 from pie_async.messages import BlockMove, CopyRun
 
@@ -14,18 +14,18 @@ if TYPE_CHECKING:
 
 
 def to_device(
-    host: HostArena, device: DeviceArena, layers: Iterable[int], runs: Sequence[CopyRun], size: int
+    pool: PoolArena, device: DeviceArena, layers: Iterable[int], runs: Sequence[CopyRun], size: int
 ) -> list[Copy]:
     """Copies of these layers of these runs; `size`: bytes of one slot of one layer."""
-    return list(_copies(host, device, layers, runs, size))
+    return list(_copies(pool, device, layers, runs, size))
 
 
 def to_host(
-    host: HostArena, device: DeviceArena, layers: Iterable[int], runs: Sequence[CopyRun], size: int
+    pool: PoolArena, device: DeviceArena, layers: Iterable[int], runs: Sequence[CopyRun], size: int
 ) -> list[Copy]:
     """The same, the other way."""
     return [
-        (there, here, length) for here, there, length in to_device(host, device, layers, runs, size)
+        (there, here, length) for here, there, length in to_device(pool, device, layers, runs, size)
     ]
 
 
@@ -49,11 +49,11 @@ def _continues(run: CopyRun, move: BlockMove) -> bool:
 
 
 def _copies(
-    host: HostArena, device: DeviceArena, layers: Iterable[int], runs: Sequence[CopyRun], size: int
+    pool: PoolArena, device: DeviceArena, layers: Iterable[int], runs: Sequence[CopyRun], size: int
 ) -> Iterator[Copy]:
     for layer in layers:
         for run in runs:
             destination = device.address(layer, run.device_slot)
-            for source, count in host.pieces(layer, run.host_slot, run.count):
+            for source, count in pool.pieces(layer, run.host_slot, run.count):
                 yield source, destination, count * size
                 destination += count * size

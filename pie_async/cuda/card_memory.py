@@ -62,7 +62,7 @@ class CardMemory:
     """One process's memory on one card, from the opened driver to the running device.
 
     Args:
-        driver: just opened; nothing else was allocated.
+        driver: just opened, a neighbour too if there is to be one; nothing else was allocated.
         gpu_memory: `EngineConfig.gpu_memory`.
 
     Raises:

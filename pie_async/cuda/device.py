@@ -21,6 +21,8 @@ from pie_async.core.layout import KvLayout
 from pie_async.cuda.block_copy import runs_of, to_device, to_host
 from pie_async.cuda.event_waiter import EventWaiter
 from pie_async.cuda.host_arena import CHUNK_BYTES, HostArena
+from pie_async.cuda.peer_arena import PeerArena
+from pie_async.cuda.pool_arena import PoolArena
 from pie_async.cuda.streams import CudaEvent, CudaStream
 from pie_async.cuda.vmm import DeviceArena
 from pie_async.device.protocol import Event, MemoryPlan, Pass, Span
@@ -93,6 +95,7 @@ class CudaDevice:
         dtype: torch.dtype,
         poisons: bool = False,
         chunk_bytes: int = CHUNK_BYTES,
+        in_neighbour: bool = False,
     ) -> None:
         """Set memory aside.
 
@@ -102,16 +105,21 @@ class CudaDevice:
             dtype: of the KV.
             poisons: overwrite staging buffers with NaN once they have been read.
             chunk_bytes: that the host pool is pinned in.
+            in_neighbour: the pool lies in the GPU that the driver has opened beside this one.
 
         Raises:
-            ConfigError: the card has too little memory, or the host pool cannot be pinned.
+            ConfigError: the card has too little memory, or the pool cannot be had.
         """
         self._driver = driver
         self.arena = DeviceArena(
             driver, layout, device_slots=device_slots, staging_slots=staging_slots, dtype=dtype
         )
         try:
-            self._host = HostArena(driver, layout, slots=host_slots, chunk_bytes=chunk_bytes)
+            self._pool: PoolArena = (
+                PeerArena(driver, layout, slots=host_slots)
+                if in_neighbour
+                else HostArena(driver, layout, slots=host_slots, chunk_bytes=chunk_bytes)
+            )
         except Exception:
             self.arena.close()
             raise
@@ -121,7 +129,7 @@ class CudaDevice:
             first_staging_slot=self.arena.first_staging_slot,
             staging_slots=staging_slots,
             host_slots=host_slots,
-            first_host_slots=self._host.pinned_slots,
+            first_host_slots=self._pool.pinned_slots,
         )
         self.compute = CudaStream("compute", driver)
         self.h2d = CudaStream("h2d", driver)
@@ -209,11 +217,11 @@ class CudaDevice:
 
     def demote(self, moves: Sequence[BlockMove]) -> None:
         size, runs = self.memory.layout.layer_block_bytes, runs_of(moves)
-        self._copy(self.d2h, partial(to_host, self._host, self.arena, self._layers, runs, size))
+        self._copy(self.d2h, partial(to_host, self._pool, self.arena, self._layers, runs, size))
 
     def _to_device(self, layers: range, runs: Sequence[CopyRun]) -> list[Copy]:
         size = self.memory.layout.layer_block_bytes
-        return to_device(self._host, self.arena, layers, runs, size)
+        return to_device(self._pool, self.arena, layers, runs, size)
 
     @property
     def _layers(self) -> range:
@@ -245,7 +253,7 @@ class CudaDevice:
             with suppress(RuntimeError):  # the loop is closed: nobody is left to be told
                 loop.call_soon_threadsafe(grown, slots, refusal)
 
-        self._host.watch(tell)
+        self._pool.watch(tell)
 
     async def drain(self) -> None:
         loop = asyncio.get_running_loop()
@@ -273,7 +281,7 @@ class CudaDevice:
         if self._runner is not None:
             self._runner.close()
             self._runner = None
-        self._host.close()
+        self._pool.close()
         self.arena.close()
         self._driver.close()
 

@@ -7,9 +7,9 @@ calls `enter_thread` before anything else.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
-from typing import Any
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, Literal
 
 import torch
 from cuda.bindings import driver as cuda
@@ -18,6 +18,8 @@ from pie_async.cuda.errors import CudaFault
 
 Copy = tuple[int, int, int]
 """Source address, destination address, bytes."""
+PeerLink = Literal["none", "pcie", "nvlink"]
+"""What joins two GPUs, if each can reach the other's memory."""
 
 
 class Driver:
@@ -36,15 +38,12 @@ class Driver:
         self._context = _checked(cuda.cuDevicePrimaryCtxRetain(self._gpu), "opening the GPU")
         self._torch_streams: dict[int, torch.cuda.Stream] = {}
         self.enter_thread()
-        location = cuda.CUmemLocation()
-        location.type = cuda.CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE
-        location.id = ordinal
+        self._neighbour: tuple[Any, Any] | None = None
+        location = _location(ordinal)
         self._memory = cuda.CUmemAllocationProp()
         self._memory.type = cuda.CUmemAllocationType.CU_MEM_ALLOCATION_TYPE_PINNED
         self._memory.location = location
-        self._access = cuda.CUmemAccessDesc()
-        self._access.location = location
-        self._access.flags = cuda.CUmemAccess_flags.CU_MEM_ACCESS_FLAGS_PROT_READWRITE
+        self._accesses = [_access(location)]
         self._batched = cuda.CUmemcpyAttributes()
         self._batched.srcAccessOrder = cuda.CUmemcpySrcAccessOrder.CU_MEMCPY_SRC_ACCESS_ORDER_STREAM
         self._batched.flags = cuda.CUmemcpyFlags.CU_MEMCPY_FLAG_PREFER_OVERLAP_WITH_COMPUTE
@@ -63,6 +62,9 @@ class Driver:
         """Give back what torch keeps for later, and this use of the context."""
         self.limit_torch(self.total_bytes())
         self.trim()
+        if self._neighbour is not None:
+            cuda.cuDevicePrimaryCtxRelease(self._neighbour[0])
+            self._neighbour = None
         cuda.cuDevicePrimaryCtxRelease(self._gpu)
 
     def enter_thread(self) -> None:
@@ -197,10 +199,13 @@ class Driver:
         _checked(cuda.cuMemRelease(handle), "freeing memory")
 
     def map(self, address: int, num_bytes: int, memory: int) -> None:
-        """All of this memory at these addresses; the same memory may be mapped several times."""
+        """All of this memory at these addresses; the same memory may be mapped several times.
+        A neighbour that is open reaches it too: copies that it does not reach are slow."""
         handle = cuda.CUmemGenericAllocationHandle(memory)
         _checked(cuda.cuMemMap(address, num_bytes, 0, handle, 0), "mapping memory")
-        _checked(cuda.cuMemSetAccess(address, num_bytes, [self._access], 1), "mapping memory")
+        accesses = self._accesses
+        access = cuda.cuMemSetAccess(address, num_bytes, accesses, len(accesses))
+        _checked(access, "mapping memory")
 
     def unmap(self, address: int, num_bytes: int) -> None:
         _checked(cuda.cuMemUnmap(address, num_bytes), "unmapping memory")
@@ -217,6 +222,66 @@ class Driver:
         """Device memory as a flat tensor, which does not own it."""
         return torch.as_tensor(_Bytes(address, num_bytes), device=self.device).view(dtype)
 
+    # --- a neighbour: a GPU that lends its memory ----------------------------------------------
+
+    @property
+    def gpu_count(self) -> int:
+        """GPUs that this process sees; their ordinals are those below."""
+        return int(_checked(cuda.cuDeviceGetCount(), "counting the GPUs"))
+
+    def link_to(self, ordinal: int) -> PeerLink:
+        """How this GPU and another one reach each other's memory."""
+        other = _checked(cuda.cuDeviceGet(ordinal), "looking for the neighbour")
+        for here, there in ((self._gpu, other), (other, self._gpu)):
+            asked = cuda.cuDeviceCanAccessPeer(here, there)
+            if not _checked(asked, "asking for the way to the neighbour"):
+                return "none"
+        # The driver has no word for it, but NVLink carries every atomic operation and PCIe does
+        # not; its performance rank only orders the links of one machine.
+        atomics = cuda.CUdevice_P2PAttribute.CU_DEVICE_P2P_ATTRIBUTE_NATIVE_ATOMIC_SUPPORTED
+        asked = cuda.cuDeviceGetP2PAttribute(atomics, self._gpu, other)
+        return "nvlink" if _checked(asked, "asking for the way to the neighbour") else "pcie"
+
+    def open_neighbour(self, ordinal: int) -> None:
+        """Let copies reach a GPU's memory, and it what is mapped here from now on; one at most.
+
+        This GPU itself may be the neighbour, where there is no other to test with.
+        """
+        assert self._neighbour is None, "there is one neighbour at most"
+        gpu = _checked(cuda.cuDeviceGet(ordinal), "looking for the neighbour")
+        context = _checked(cuda.cuDevicePrimaryCtxRetain(gpu), "opening the neighbour")
+        self._neighbour = (gpu, context)
+        if ordinal == self.device.index:
+            return
+        _reach(context)
+        with self._in_neighbour():
+            _reach(self._context)
+        self._accesses.append(_access(_location(ordinal)))
+
+    def neighbour_free_bytes(self) -> int:
+        """Memory that is free on the neighbour, by the driver's count."""
+        with self._in_neighbour():
+            return self.free_bytes()
+
+    def allocate_in_neighbour(self, num_bytes: int) -> int:
+        """The neighbour's memory, in one piece."""
+        with self._in_neighbour():
+            return int(_checked(cuda.cuMemAlloc(num_bytes), "allocating memory of the neighbour"))
+
+    def free_in_neighbour(self, address: int) -> None:
+        with self._in_neighbour():
+            _checked(cuda.cuMemFree(address), "freeing memory of the neighbour")
+
+    @contextmanager
+    def _in_neighbour(self) -> Iterator[None]:
+        """Inside it, the calling thread's driver calls are the neighbour's."""
+        assert self._neighbour is not None, "open_neighbour() comes first"
+        _checked(cuda.cuCtxPushCurrent(self._neighbour[1]), "turning to the neighbour")
+        try:
+            yield
+        finally:
+            cuda.cuCtxPopCurrent()
+
 
 class _Bytes:
     """Device memory as other libraries see it (the CUDA Array Interface, version 3)."""
@@ -228,6 +293,28 @@ class _Bytes:
             "data": (address, False),
             "version": 3,
         }
+
+
+def _location(ordinal: int) -> Any:
+    location = cuda.CUmemLocation()
+    location.type = cuda.CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE
+    location.id = ordinal
+    return location
+
+
+def _access(location: Any) -> Any:
+    access = cuda.CUmemAccessDesc()
+    access.location = location
+    access.flags = cuda.CUmemAccess_flags.CU_MEM_ACCESS_FLAGS_PROT_READWRITE
+    return access
+
+
+def _reach(context: Any) -> None:
+    """Let the calling thread's GPU reach what is allocated in this context, of another GPU."""
+    result = cuda.cuCtxEnablePeerAccess(context, 0)
+    # torch, or an engine before this one, may have done it
+    if result[0] != cuda.CUresult.CUDA_ERROR_PEER_ACCESS_ALREADY_ENABLED:
+        _checked(result, "reaching the neighbour")
 
 
 def _checked(result: tuple[Any, ...], doing: str) -> Any:

@@ -8,20 +8,17 @@ in order, by a thread.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from pie_async.config import MIB, format_size
 from pie_async.core.layout import KvLayout
 from pie_async.cuda.errors import CudaFault
+from pie_async.cuda.pool_arena import Grown
 from pie_async.errors import ConfigError
 
 if TYPE_CHECKING:
     from pie_async.cuda.driver import Driver
-
-Grown = Callable[[int, str | None], None]
-"""Told how many slots there are now, and why there will be no more, if the operating system
-refuses to pin them."""
 
 CHUNK_BYTES = 256 * MIB
 """Pinned in a tenth of a second; one layer of it is still one long copy."""

@@ -140,6 +140,16 @@ def test_doctor_json_holds_the_same_plan_that_the_engine_makes(capsys):
     assert found["copies"]["contiguous_bytes_per_s"] > 1e8
 
 
+def test_doctor_says_where_the_pool_lies_and_asks_nothing_of_host_memory_for_a_peers(capsys):
+    gpu = ["--device", "cuda", "--device-kv", "64MiB", "--host-pool", "4000TiB"]
+    assert main(["doctor", *gpu, "--pool", "peer:1"]) == 0
+    printed = capsys.readouterr().out
+    assert "pool in the memory of GPU 1 up to 4000.0 TiB" in printed
+    assert "warning" not in printed
+    assert main(["doctor", *gpu]) == 0
+    assert "warning: the pool may take" in capsys.readouterr().out
+
+
 def test_a_plan_beyond_the_machines_memory_is_warned_about_naming_the_flags(capsys):
     assert main(["doctor", "--json", "--host-pool", "4000TiB"]) == 0
     [warning] = json.loads(capsys.readouterr().out)["warnings"]

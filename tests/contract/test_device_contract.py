@@ -272,3 +272,19 @@ class TestCudaDeviceWithoutAGpu(DeviceContract):
 class TestCudaDevice(DeviceContract):
     def build(self, tmp_path) -> Rig:
         return cuda_rig(tmp_path)
+
+
+@pytest.mark.realtime
+class TestCudaDeviceWithAPeerPoolWithoutAGpu(DeviceContract):
+    """The pool in memory that the stand-in lends."""
+
+    def build(self, tmp_path) -> Rig:
+        return fake_cuda_rig(tmp_path, in_neighbour=True)
+
+
+@pytest.mark.gpu
+class TestCudaDeviceWithAPeerPool(DeviceContract):
+    """The pool in the same GPU's memory: all of a peer pool but the way to the peer."""
+
+    def build(self, tmp_path) -> Rig:
+        return cuda_rig(tmp_path, in_neighbour=True)

@@ -175,9 +175,13 @@ def test_copies_both_ways_move_the_same_bytes(driver):
 # --- the device -------------------------------------------------------------------------------
 
 
-async def test_everything_is_given_back_at_the_end(tmp_path):
+@pytest.mark.parametrize("in_neighbour", [False, True], ids=["host", "peer"])
+async def test_everything_is_given_back_at_the_end(tmp_path, in_neighbour: bool):
     driver = FakeDriver()
-    device = cuda_device(tmp_path, driver)
+    if in_neighbour:
+        driver.open_neighbour(1)
+    device = cuda_device(tmp_path, driver, in_neighbour=in_neighbour)
+    assert bool(driver.lent) == in_neighbour
     device.start(asyncio.get_running_loop())
     forward, done = await issue(
         device, lambda: run_resident(device, prefill(0, tuple(range(10, 21)), (0, 1, 2)))

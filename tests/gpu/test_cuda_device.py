@@ -27,6 +27,8 @@ from support.device_scripts import (
 from support.fake_cuda_driver import FakeDriver
 
 from pie_async.core.layout import KvLayout
+from pie_async.cuda.block_copy import to_device, to_host
+from pie_async.cuda.peer_arena import PeerArena
 from pie_async.cuda.vmm import DeviceArena
 from pie_async.messages import CopyRun, TableUpdate
 
@@ -40,7 +42,7 @@ PROMPT = tuple(range(10, 21))
     ]
 )
 def driver(request: pytest.FixtureRequest):
-    driver = real_driver() if request.param == "gpu" else FakeDriver()
+    driver = real_driver() if request.param == "gpu" else FakeDriver(links={1: "nvlink"})
     yield driver
     driver.close()
 
@@ -88,6 +90,49 @@ def test_copies_bring_every_byte_there_and_back(driver, count: int) -> None:
     driver.destroy_stream(stream)
     driver.unpin(pinned)
     arena.close()
+
+
+@pytest.mark.parametrize("peer", [0, 1], ids=["same card", "another card"])
+def test_a_pool_in_gpu_memory_keeps_every_byte(driver, peer: int) -> None:
+    if peer >= driver.gpu_count:
+        pytest.skip("takes two GPUs")
+    driver.open_neighbour(peer)
+    arena = DeviceArena(driver, LAYOUT, device_slots=16, staging_slots=0, dtype=torch.float32)
+    pool = PeerArena(driver, LAYOUT, slots=16)
+    stream = driver.create_stream()
+    runs, size = [CopyRun(3, 1, 9), CopyRun(0, 12, 2)], LAYOUT.layer_block_bytes
+    layers = range(LAYOUT.num_layers)
+    for layer in layers:
+        arena.layers[layer].copy_(torch.randn(arena.layers[layer].shape))
+    want = [layer.clone() for layer in arena.layers]
+    driver.synchronize_device()
+    driver.copy(to_host(pool, arena, layers, runs, size), stream)
+    driver.synchronize_stream(stream)
+    for layer in arena.layers:
+        layer.zero_()
+    driver.synchronize_device()
+    driver.copy(to_device(pool, arena, layers, runs, size), stream)
+    driver.synchronize_stream(stream)
+    for layer, wanted in zip(arena.layers, want, strict=True):
+        assert torch.equal(layer[1:10], wanted[1:10])
+        assert torch.equal(layer[12:14], wanted[12:14])
+        assert not layer[0].any()
+        assert not layer[10:12].any()
+    del layer
+    driver.destroy_stream(stream)
+    pool.close()
+    arena.close()
+
+
+def test_a_closed_pool_in_gpu_memory_gives_its_memory_back(driver) -> None:
+    layout = KvLayout(num_layers=4, block_tokens=16, kv_heads=8, head_dim=128, item_bytes=2)
+    driver.open_neighbour(0)
+    before = driver.neighbour_free_bytes()
+    pool = PeerArena(driver, layout, slots=400)
+    taken = before - driver.neighbour_free_bytes()
+    assert 400 * layout.block_bytes <= taken <= 400 * layout.block_bytes + 8 * 2**20
+    pool.close()
+    assert driver.neighbour_free_bytes() == pytest.approx(before, abs=8 * 2**20)
 
 
 def test_a_closed_arena_gives_all_its_memory_back(driver) -> None:

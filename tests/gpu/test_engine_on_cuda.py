@@ -12,10 +12,12 @@ import sys
 import types
 
 import pytest
+import torch
 from support.fake_cuda_driver import FakeDriver
 
 from pie_async import LLM, Engine, SamplingParams
 from pie_async.cuda import errors
+from pie_async.errors import ConfigError
 
 MORE: dict[str, str] = {}
 """What the driver of a test asks for."""
@@ -76,7 +78,7 @@ def driver(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
     """What the engines of a test run on."""
     if request.param == "stand-in":
         module = types.ModuleType("pie_async.cuda.driver")
-        module.Driver = lambda device: FakeDriver(link_bytes_per_s=2e9)
+        module.Driver = lambda device: FakeDriver(link_bytes_per_s=2e9, links={1: "nvlink"})
         monkeypatch.setitem(sys.modules, module.__name__, module)
         monkeypatch.setattr(errors, "require_cuda", lambda quantization=None: None)
         monkeypatch.setitem(MORE, "kernels", "torch")
@@ -144,6 +146,52 @@ async def test_auto_computes_in_the_models_own_dtype(driver) -> None:
         async for output in engine.generate(PROMPTS[0], GREEDY):
             last = output
     assert len(last.outputs[0].token_ids) == GREEDY.max_tokens
+
+
+TWO_GPUS = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="takes two GPUs")
+
+
+@pytest.mark.parametrize(
+    "driver",
+    [
+        pytest.param("stand-in", marks=pytest.mark.realtime),
+        pytest.param("gpu", marks=[pytest.mark.gpu, TWO_GPUS]),
+    ],
+    indirect=True,
+)
+@pytest.mark.parametrize("streamed_blocks", [100, 0, None], ids=["streamed", "parked", "governed"])
+def test_a_pool_in_another_gpu_gives_the_tokens_of_the_cpu(
+    driver, on_the_cpu, streamed_blocks: int | None
+) -> None:
+    outputs, stats = generate(
+        "cuda", device_blocks=NEED // 4, streamed_blocks=streamed_blocks, pool="peer:1"
+    )
+    assert tokens(outputs) == on_the_cpu
+    assert stats.d2h_bytes > 0, "nothing went to the pool"
+    assert stats.h2d_busy_s > 0, "the governor learns the link's rate from it"
+
+
+@pytest.mark.parametrize(
+    "driver", [pytest.param("stand-in", marks=pytest.mark.realtime)], indirect=True
+)
+@pytest.mark.parametrize(
+    ("how", "option", "says"),
+    [
+        ({"pool": "peer:9"}, "pool", "there is no GPU 9: .* possible here: host, peer:1"),
+        ({"pool": "peer:0"}, "pool", "GPU 0 is the one that computes"),
+        ({"pool": "peer:1", "host_blocks": 10**6}, "host_pool_bytes", r"1\.0 GiB are free"),
+    ],
+    ids=["absent", "its own", "too small"],
+)
+def test_a_peer_that_cannot_hold_the_pool_is_refused_before_loading(
+    driver, monkeypatch, how: dict, option: str, says: str
+) -> None:
+    from pie_async.assembly import on_cuda
+
+    monkeypatch.setattr(on_cuda, "load", lambda *_: pytest.fail("weights were loaded"))
+    with pytest.raises(ConfigError, match=says) as refused:
+        generate("cuda", **how)
+    assert refused.value.option == option
 
 
 @pytest.mark.gpu

@@ -42,7 +42,9 @@ def slow_driver():
     return SlowDriver(torch.device("cuda"))
 
 
-def cuda_device(directory: Path, driver, *, poisons: bool = False) -> CudaDevice:
+def cuda_device(
+    directory: Path, driver, *, poisons: bool = False, in_neighbour: bool = False
+) -> CudaDevice:
     """Not yet started; `directory` is scratch space."""
     device = CudaDevice(
         driver,
@@ -53,6 +55,7 @@ def cuda_device(directory: Path, driver, *, poisons: bool = False) -> CudaDevice
         dtype=torch.float32,
         chunk_bytes=CHUNK_BYTES,
         poisons=poisons,
+        in_neighbour=in_neighbour,
     )
     device.load(
         PlainRunner(
@@ -66,9 +69,16 @@ def cuda_device(directory: Path, driver, *, poisons: bool = False) -> CudaDevice
     return device
 
 
-def cuda_rig(directory: Path, driver=None) -> Rig:
-    """The CUDA device on a GPU, unless a driver is given."""
-    device = cuda_device(directory, driver or slow_driver())
+def cuda_rig(directory: Path, driver=None, *, in_neighbour: bool = False) -> Rig:
+    """The CUDA device on a GPU, unless a driver is given.
+
+    Args:
+        in_neighbour: the pool lies in a GPU's memory, here that of the same one.
+    """
+    driver = driver or slow_driver()
+    if in_neighbour:
+        driver.open_neighbour(driver.device.index)
+    device = cuda_device(directory, driver, in_neighbour=in_neighbour)
 
     def contents(slot: int) -> list[object]:
         return [layer[slot].cpu().numpy().tobytes() for layer in device.arena.layers]
@@ -79,6 +89,7 @@ def cuda_rig(directory: Path, driver=None) -> Rig:
     return Rig(device, contents, break_compute)
 
 
-def fake_cuda_rig(directory: Path) -> Rig:
+def fake_cuda_rig(directory: Path, *, in_neighbour: bool = False) -> Rig:
     """The CUDA device without a GPU."""
-    return cuda_rig(directory, FakeDriver(link_bytes_per_s=SLOW_LINK_BYTES_PER_S))
+    driver = FakeDriver(link_bytes_per_s=SLOW_LINK_BYTES_PER_S)
+    return cuda_rig(directory, driver, in_neighbour=in_neighbour)

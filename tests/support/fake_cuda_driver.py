@@ -53,9 +53,11 @@ class FakeDriver:
         link_bytes_per_s: of copies.
         memory_bytes: that the card has for `create_memory`.
         pinnable_bytes: that the host lets be pinned.
+        links: to each other GPU, by its ordinal; this one is GPU 0.
+        neighbour_bytes: free memory of each of those.
     """
 
-    device = torch.device("cpu")
+    device = torch.device("cpu", 0)
     name = "stand-in"
     page_bytes = mmap.PAGESIZE
 
@@ -65,10 +67,17 @@ class FakeDriver:
         link_bytes_per_s: float | None = None,
         memory_bytes: int = 2**30,
         pinnable_bytes: int = 2**30,
+        links: dict[int, str] | None = None,
+        neighbour_bytes: int = 2**30,
     ) -> None:
         self._link_bytes_per_s = link_bytes_per_s
         self._free_bytes = self._total_bytes = memory_bytes
         self._pinnable_bytes = pinnable_bytes
+        self._links = links or {}
+        self._neighbour_bytes = neighbour_bytes
+        self.neighbour: int | None = None
+        self.lent: dict[int, ctypes.Array] = {}
+        self._unreached: dict[int, range] = {}
         self._names = itertools.count(1)
         self.streams: dict[int, FakeStream] = {}
         self.events: dict[int, FakeRecord | None] = {}
@@ -81,7 +90,9 @@ class FakeDriver:
 
     def leftovers(self) -> list[object]:
         """What was not given back, but for the stream that torch may still need."""
-        kinds = (self.events, self.memories, self.mapped, self.reserved, self.pinned)
+        kinds = (
+            self.events, self.memories, self.mapped, self.reserved, self.pinned, self.lent
+        )  # fmt: skip
         return [name for kind in kinds for name in kind]
 
     def close(self) -> None:
@@ -146,6 +157,8 @@ class FakeDriver:
 
     def copy(self, copies, stream: int) -> None:
         self.copies += copies
+        for source, destination, _ in copies:
+            self._check_reach(source, destination)
 
         def move() -> None:
             began_s = time.perf_counter()
@@ -212,9 +225,12 @@ class FakeDriver:
         assert address not in self.mapped
         _map(address, num_bytes, file, 0)
         self.mapped[address] = num_bytes
+        if self.neighbour is None:
+            self._unreached[address] = range(address, address + num_bytes)
 
     def unmap(self, address: int, num_bytes: int) -> None:
         assert self.mapped.pop(address) == num_bytes
+        self._unreached.pop(address, None)
 
     def pin(self, num_bytes: int) -> int:
         if num_bytes > self._pinnable_bytes:
@@ -227,6 +243,42 @@ class FakeDriver:
 
     def unpin(self, address: int) -> None:
         del self.pinned[address]
+
+    @property
+    def gpu_count(self) -> int:
+        return 1 + len(self._links)
+
+    def link_to(self, ordinal: int) -> str:
+        return self._links[ordinal]
+
+    def open_neighbour(self, ordinal: int) -> None:
+        assert self.neighbour is None
+        if self.failing is not None:
+            raise CudaFault("reaching the neighbour", self.failing, "as the test asked")
+        self.neighbour = ordinal
+
+    def neighbour_free_bytes(self) -> int:
+        assert self.neighbour is not None
+        return self._neighbour_bytes
+
+    def allocate_in_neighbour(self, num_bytes: int) -> int:
+        assert self.neighbour is not None
+        if num_bytes > self._neighbour_bytes:
+            raise CudaFault("allocating", "CUDA_ERROR_OUT_OF_MEMORY", "out of memory")
+        self._neighbour_bytes -= num_bytes
+        buffer = (ctypes.c_byte * num_bytes)()
+        self.lent[ctypes.addressof(buffer)] = buffer
+        return ctypes.addressof(buffer)
+
+    def free_in_neighbour(self, address: int) -> None:
+        self._neighbour_bytes += len(self.lent.pop(address))
+
+    def _check_reach(self, *ends: int) -> None:
+        """On a GPU such copies are right, but slow and synchronous."""
+        lent = [range(start, start + len(buffer)) for start, buffer in self.lent.items()]
+        if any(end in part for end in ends for part in lent):
+            for mapped in self._unreached.values():
+                assert not any(end in mapped for end in ends), "mapped before it was opened"
 
     def view(self, address: int, num_bytes: int, dtype: torch.dtype) -> torch.Tensor:
         buffer = (ctypes.c_byte * num_bytes).from_address(address)

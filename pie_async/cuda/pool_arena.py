@@ -1,0 +1,26 @@
+"""What the device asks of the memory that holds the pool, wherever that is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Protocol
+
+Grown = Callable[[int, str | None], None]
+"""Told how many slots there are now, and why there will be no more, if memory is refused."""
+
+
+class PoolArena(Protocol):
+    """Slots of KV that copies reach directly, one layer of neighbours contiguous."""
+
+    def pieces(self, layer: int, slot: int, count: int) -> Iterator[tuple[int, int]]:
+        """(address, slots) of contiguous pieces that together are one layer of these slots."""
+
+    def watch(self, grown: Grown) -> None:
+        """Call this now and whenever there are more slots, from any thread."""
+
+    @property
+    def pinned_slots(self) -> int:
+        """Slots that copies can use without waiting, the lowest ones."""
+
+    def close(self) -> None:
+        """Free everything; no copy is under way."""
