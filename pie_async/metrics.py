@@ -44,8 +44,7 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     cached_tokens: int = 0
     """Prompt tokens whose KV was found instead of computed."""
     prefix_query_tokens: int = 0
-    """Tokens of sequences that looked for their leading blocks, those that start over
-    included."""
+    """Tokens of sequences that looked for their leading blocks, when they started first."""
     prefix_hit_tokens: int = 0
     """Tokens that they found."""
     cache_evictions: int = 0

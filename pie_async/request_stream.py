@@ -240,8 +240,9 @@ class RequestStream:
         has_stopped = output.push(advance)
         if output.finish_reason is not None:
             self._num_open -= 1
-        if advance.cached_tokens:
-            self._num_cached = max(self._num_cached, advance.cached_tokens)
+        if advance.cached_tokens and advance.sequence == self.sequences[0]:
+            # The others found what this one computed: for the request that is not saved.
+            self._num_cached = advance.cached_tokens
         self._has_news = True
         self._wake_reader()
         return has_stopped

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sized
 from typing import Any, Literal, NoReturn
 
 import msgspec
@@ -12,8 +13,19 @@ from pie_async.errors import InvalidRequest
 
 MAX_SEQUENCES_PER_REQUEST = 128
 MAX_STOP_STRINGS = 16
+"""OpenAI takes 4, vLLM any number. Each is looked for in every character of the output."""
 MAX_STOP_STRING_CHARS = 1024
+MAX_STOP_TOKEN_IDS = 128
+"""As vLLM (v1/worker/gpu/sample/logit_bias.py)."""
+MAX_LOGIT_BIASES = 1024
+"""As vLLM, in the same file. Every lane of the device is given room for the most that came."""
 MAX_TOP_LOGPROBS = 20
+
+_LONGEST = {
+    "stop": (MAX_STOP_STRINGS, "stop strings"),
+    "stop_token_ids": (MAX_STOP_TOKEN_IDS, "token ids"),
+    "logit_bias": (MAX_LOGIT_BIASES, "entries"),
+}
 
 OutputKind = Literal["cumulative", "delta", "final"]
 
@@ -66,6 +78,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     """What each output of a stream holds: all so far, what is new, or one final output."""
 
     def __post_init__(self) -> None:
+        check_counts(self)
         self._check_types()
         self._check_choice()
         self._check_penalties()
@@ -122,13 +135,11 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
                 "min_tokens",
                 f"min_tokens ({self.min_tokens}) must not exceed max_tokens ({self.max_tokens})",
             )
-        if len(self.stop) > MAX_STOP_STRINGS:
-            _refuse("stop", f"at most {MAX_STOP_STRINGS} stop strings, not {len(self.stop)}")
         for text in self.stop:
             if not 0 < len(text) <= MAX_STOP_STRING_CHARS:
                 _refuse(
                     "stop",
-                    f"a stop string must have 1 to {MAX_STOP_STRING_CHARS} characters, "
+                    f"stop: a stop string must have 1 to {MAX_STOP_STRING_CHARS} characters, "
                     f"not {len(text)}",
                 )
 
@@ -159,6 +170,21 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
                 if not 0 <= token < vocab_size:
                     last = vocab_size - 1
                     _refuse(name, f"{name} has token id {token}; valid ids are 0 to {last}")
+
+
+def check_counts(fields: object) -> None:
+    """Refuse lists that are too long, before anything looks at what is in them.
+
+    Args:
+        fields: has the attributes `stop`, `stop_token_ids` and `logit_bias`, of any type.
+
+    Raises:
+        InvalidRequest: naming the field, its length and the limit.
+    """
+    for name, (most, things) in _LONGEST.items():
+        value = getattr(fields, name)
+        if isinstance(value, Sized) and not isinstance(value, str) and len(value) > most:
+            _refuse(name, f"{name} has {len(value)} {things}; at most {most} are allowed")
 
 
 @functools.cache

@@ -59,6 +59,14 @@ async def test_deltas_add_up_to_the_whole():
     assert tokens == [ord(c) for c in "abcde"]
 
 
+async def test_what_later_sequences_find_is_the_first_ones_and_not_saved():
+    stream = stream_of(n=2)
+    stream.push(Advance(2, SampledToken(2, 97), None, None, 64))
+    assert (await anext(stream)).num_cached_tokens == 0
+    stream.push(Advance(1, SampledToken(1, 97), None, None, 32))
+    assert (await anext(stream)).num_cached_tokens == 32
+
+
 async def test_a_delta_names_only_sequences_with_news():
     stream = stream_of(n=2, output_kind="delta")
     push(stream, "a", sequence=2)

@@ -7,7 +7,12 @@ import math
 import pytest
 
 from pie_async.errors import InvalidRequest
-from pie_async.sampling_params import SamplingParams
+from pie_async.sampling_params import (
+    MAX_LOGIT_BIASES,
+    MAX_STOP_STRINGS,
+    MAX_STOP_TOKEN_IDS,
+    SamplingParams,
+)
 
 
 @pytest.mark.parametrize(
@@ -66,12 +71,33 @@ def test_a_value_out_of_range_is_refused_and_names_its_field(field: str, value):
         ("max_tokens", None),
         ("min_tokens", 16),
         ("stop", ("x" * 1024,)),
+        ("stop", tuple("abcdefghijklmnop")),
+        ("stop_token_ids", tuple(range(MAX_STOP_TOKEN_IDS))),
+        ("logit_bias", dict.fromkeys(range(MAX_LOGIT_BIASES), 1.0)),
         ("logprobs", 0),
         ("prompt_logprobs", 20),
     ],
 )
 def test_the_edges_of_the_ranges_are_allowed(field: str, value):
     assert getattr(SamplingParams(**{field: value}), field) == value
+
+
+@pytest.mark.parametrize(
+    ("field", "most", "filled"),
+    [
+        ("stop", MAX_STOP_STRINGS, lambda count: ["x"] * count),
+        ("stop_token_ids", MAX_STOP_TOKEN_IDS, lambda count: [0] * count),
+        ("stop_token_ids", MAX_STOP_TOKEN_IDS, lambda count: ["not an id"] * count),
+        ("logit_bias", MAX_LOGIT_BIASES, lambda count: dict.fromkeys(range(count), 0.0)),
+    ],
+)
+@pytest.mark.parametrize("excess", [1, 100_000])
+def test_long_lists_are_refused_with_their_length_and_the_limit(field, most, filled, excess):
+    with pytest.raises(InvalidRequest) as refused:
+        SamplingParams(**{field: filled(most + excess)})
+    assert refused.value.param == field
+    assert str(refused.value).startswith(f"{field} has {most + excess} ")
+    assert f"at most {most} " in str(refused.value)
 
 
 def test_min_tokens_needs_no_max_tokens():

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import logging
+import traceback
 from collections.abc import Sequence
+from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -28,7 +31,7 @@ from pie_async.assembly.sizing import (
 from pie_async.config import EngineConfig, parse_pool
 from pie_async.core.layout import KvLayout
 from pie_async.core.token_budget import IterationCost, tokens_within
-from pie_async.errors import ConfigError
+from pie_async.errors import ConfigError, DeviceFault
 from pie_async.hardware import require_poolable
 
 if TYPE_CHECKING:
@@ -51,14 +54,12 @@ LARGEST_HEAD_DIM = 256
 
 
 def assemble_cuda(config: EngineConfig, progress: Progress | None) -> Parts:
-    """See `assemble`."""
+    """See `assemble`. When it fails, everything it took is given back first."""
     from pie_async.cuda.errors import require_cuda
 
     require_cuda(config.quantization)  # before cuda-python is imported, which may be missing
     import torch
 
-    from pie_async.cuda.card_memory import CardMemory
-    from pie_async.cuda.device import CudaDevice
     from pie_async.cuda.driver import Driver
     from pie_async.cuda.peer_arena import open_peer
 
@@ -71,8 +72,36 @@ def assemble_cuda(config: EngineConfig, progress: Progress | None) -> Parts:
     dtype: torch.dtype = getattr(torch, files.dtype_name)
     check_attention(config, files.config, dtype)
     driver = Driver(torch.device("cuda"))
-    if place.peer is not None:
-        open_peer(driver, place.peer, config.host_pool_bytes)
+    undo = ExitStack()
+    undo.callback(driver.close)
+    try:
+        if place.peer is not None:
+            open_peer(driver, place.peer, config.host_pool_bytes)
+        return _assemble_on(driver, config, files, dtype, progress, undo)
+    except BaseException as error:
+        _forget_locals(error)
+        # A context that is lost refuses to free what is lost with it.
+        with suppress(DeviceFault, RuntimeError):
+            undo.close()
+        raise
+
+
+def _assemble_on(
+    driver: Driver,
+    config: EngineConfig,
+    files: Files,
+    dtype: torch.dtype,
+    progress: Progress | None,
+    undo: ExitStack,
+) -> Parts:
+    """Fill the card.
+
+    Args:
+        undo: closes what is open, on failure; the driver at first.
+    """
+    from pie_async.cuda.card_memory import CardMemory
+    from pie_async.cuda.device import CudaDevice
+
     memory = CardMemory(driver, config.gpu_memory)
     memory.require_weights(files.config.weight_bytes(dtype.itemsize), files.dtype_name)
     limits = _cuda_limits(config, files, dtype, driver, memory)
@@ -93,10 +122,15 @@ def assemble_cuda(config: EngineConfig, progress: Progress | None) -> Parts:
         staging_slots=sizes.staging_slots,
         dtype=dtype,
         poisons=config.debug,
-        in_neighbour=place.peer is not None,
+        in_neighbour=parse_pool(config.pool).peer is not None,
     )
+    undo.pop_all()  # the device closes the driver
+    undo.callback(device.close)
     runner = _cuda_runner(config, limits, sizes, decoder, product, attention, device.arena.layers)
-    device.load(runner)
+    with ExitStack() as until_loaded:
+        until_loaded.callback(runner.close)
+        device.load(runner)
+        until_loaded.pop_all()  # the device closes the runner
     memory.settle(runner)
     parts = make_parts(config, files, sizes, limits, device)
     return msgspec.structs.replace(
@@ -104,6 +138,16 @@ def assemble_cuda(config: EngineConfig, progress: Progress | None) -> Parts:
         decode_floor_s=memory.report(runner).weight_bytes / driver.memory_bytes_per_s,
         gpu_memory=lambda: memory.report(runner),
     )
+
+
+def _forget_locals(error: BaseException) -> None:
+    """Let go of what the calls that failed still hold, above all the weights: whoever keeps the
+    error keeps them, and torch cannot give their memory back to the card."""
+    link: BaseException | None = error
+    while link is not None:
+        traceback.clear_frames(link.__traceback__)
+        link = link.__context__
+    gc.collect()
 
 
 def check_kernels(config: EngineConfig, model: ModelConfig) -> None:

@@ -138,15 +138,17 @@ class _Batch:
         return bool(parked) and parked[0].order < seq.order
 
     def _may_admit(self, seq: Sequence) -> bool:
-        """Whether its tokens fit beside what runs, with room to grow for that."""
+        """Whether its tokens fit beside what runs, with room to grow for that, and it is not
+        better off a moment later."""
         residency = self._schedule.residency
         if residency.free_device == 0 or residency.num_streamed > self._schedule.streamed_limit:
             return False
-        reserve = self._schedule.growth_reserve
-        if reserve == 0:
+        if self._schedule.growth_reserve == 0:
             return True
-        wanted = self._schedule.blocks_for(len(seq.tokens)) + self._promised_blocks + reserve
-        return wanted <= pressure.room(self._schedule)
+        if self._schedule.awaits_prefix(seq):
+            return False
+        promised = self._promised_blocks
+        return pressure.blocks_to_admit(self._schedule, seq, promised=promised) is not None
 
     def _add_chunk(self, seq: Sequence) -> None:
         """As much of a prompt as budget and free slots allow."""

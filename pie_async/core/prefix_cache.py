@@ -87,6 +87,12 @@ class PrefixCache:
         else:
             self._cooling[block.id] = (read_until, block)
 
+    def touch(self, digest: bytes) -> None:
+        """The content was used until now, in another block: its cached block goes later."""
+        block = self.index[digest]
+        if block.id in self._evictable:
+            self._evictable.move_to_end(block.id)
+
     def take_up(self, block: Block) -> None:
         """The block gets an owner (again)."""
         if self._evictable.pop(block.id, None) is None:

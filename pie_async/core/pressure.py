@@ -33,6 +33,20 @@ def room(schedule: Schedule) -> int:
     return residency.free_device + residency.coming_device + max(0, streamable)
 
 
+def blocks_to_admit(schedule: Schedule, seq: Sequence, *, promised: int = 0) -> int | None:
+    """Blocks that a waiting sequence's tokens need, at most; None if there is no room for them
+    beside what runs and its growth.
+
+    Args:
+        promised: blocks that others are still to get.
+    """
+    spare = room(schedule) - schedule.growth_reserve - promised
+    blocks = schedule.blocks_for(len(seq.tokens))
+    if blocks > spare > 0:
+        blocks -= schedule.num_shared_blocks(seq)
+    return blocks if blocks <= spare else None
+
+
 def wanted_streamed(schedule: Schedule) -> int:
     """Blocks that would be streamed if everything submitted ran at once."""
     held = sum(len(seq.table) for seq in schedule.parked) + schedule.waiting_blocks
@@ -44,11 +58,14 @@ def wanted_streamed(schedule: Schedule) -> int:
 def preempt(schedule: Schedule) -> None:
     """Before an iteration is put together: stop what cannot go on.
 
-    A sequence is parked when another one found no device slot and none is about to be freed,
-    or when more is streamed than may be. With the pool full as well, the parked sequence that
+    A sequence is parked when more is streamed than may be, or when another one found no device
+    slot and none is about to be freed. With the pool full as well, the parked sequence that
     would come back last gives its KV up.
     """
     residency = schedule.residency
+    # First, for every iteration stalls meanwhile; and what is parked gives device slots up too.
+    if _is_over_limit(schedule) and _shrink(schedule):
+        return
     if schedule.starved_plans > PATIENCE_PLANS or (schedule.is_starved and not schedule.in_flight):
         if residency.free_device + residency.coming_device > 0:
             return
@@ -56,8 +73,6 @@ def preempt(schedule: Schedule) -> None:
             schedule.park(schedule.running[-1])
         elif residency.available_host == 0:
             _drop_last_parked(schedule)
-    elif residency.num_streamed > schedule.streamed_limit * schedule.shrink_tolerance + 1:
-        _shrink(schedule)
 
 
 def relieve(schedule: Schedule, next_chunk_blocks: int) -> tuple[list[BlockMove], list[BlockMove]]:
@@ -90,11 +105,10 @@ def _admission_blocks(schedule: Schedule) -> int:
     seq = schedule.next_waiting()
     if seq is None or not schedule.free_lanes:
         return 0
-    size = schedule.block_tokens
-    blocks = schedule.blocks_for(len(seq.tokens))
-    if schedule.running and blocks + schedule.growth_reserve > room(schedule):
-        return 0
-    return min(blocks, schedule.token_budget // size + 1)
+    blocks: int | None = schedule.blocks_for(len(seq.tokens))
+    if schedule.running:
+        blocks = None if schedule.awaits_prefix(seq) else blocks_to_admit(schedule, seq)
+    return min(blocks or 0, schedule.token_budget // schedule.block_tokens + 1)
 
 
 def _resume_blocks(schedule: Schedule) -> int:
@@ -185,13 +199,20 @@ def _drop_last_parked(schedule: Schedule) -> None:
             return
 
 
-def _shrink(schedule: Schedule) -> None:
-    """More is streamed than may be: park the newest sequence that streams."""
+def _is_over_limit(schedule: Schedule) -> bool:
+    """Whether more is streamed than may be."""
+    most = schedule.streamed_limit * schedule.shrink_tolerance + 1
+    return schedule.residency.num_streamed > most
+
+
+def _shrink(schedule: Schedule) -> bool:
+    """Park the newest sequence that streams; False if there is none, or it is alone."""
     if len(schedule.running) > 1:
         for seq in reversed(schedule.running):
             if any(block.is_streamed for block in seq.table):
                 schedule.park(seq)
-                return
+                return True
+    return False
 
 
 # --- coming back ----------------------------------------------------------------------------

@@ -198,7 +198,11 @@ class ResidencyMap:
 
     def _let_go(self, block: Block) -> None:
         """Nobody owns it: it becomes a cached block where it is, or is freed."""
-        if block.digest is None or not block.is_resident or not self.cache.enter(block):
+        if block.digest is None or not block.is_resident:
+            self._free(block)
+            return
+        if not self.cache.enter(block):
+            self.cache.touch(block.digest)
             self._free(block)
             return
         self._unstage(block)

@@ -64,6 +64,8 @@ class Sequence:
     num_settled: int = 0
     samples_in_flight: int = 0
     launches_in_flight: int = 0
+    digests: list[bytes] = field(default_factory=list)
+    """Of its leading blocks, as far as somebody asked."""
     num_cached_tokens: int | None = None
     """Tokens whose KV it found when it started first."""
     num_sealed: int = 0

@@ -17,13 +17,21 @@ class StopMatcher:
         stops: not empty strings; none at all lets everything pass.
         include_stop: whether the stop string itself is part of the text.
 
-    Cost: amortised O(characters x stops), by Knuth, Morris and Pratt's failure function.
+    Cost: amortised O(characters x stops that have begun), by Knuth, Morris and Pratt's failure
+    function, which is computed as far as the text has matched: a stop string that never begins
+    costs nothing, however long it is.
     """
 
     def __init__(self, stops: Sequence[str], *, include_stop: bool = False) -> None:
         self._stops = tuple(dict.fromkeys(stops))
-        self._failures = [_failure_table(stop) for stop in self._stops]
+        self._failures = [[0] for _ in self._stops]
+        """Entry i: the longest proper beginning of stop[: i + 1] that is also its end."""
         self._matched = [0] * len(self._stops)
+        self._begun: set[int] = set()
+        """Of which the text ends with some of the characters."""
+        self._by_first: dict[str, set[int]] = {}
+        for index, stop in enumerate(self._stops):
+            self._by_first.setdefault(stop[0], set()).add(index)
         self._include_stop = include_stop
         self._held = ""
         self._is_over = False
@@ -53,17 +61,28 @@ class StopMatcher:
         """What was held back, once the text has ended without a stop string."""
         held, self._held = self._held, ""
         self._matched = [0] * len(self._stops)
+        self._begun.clear()
         return held
 
     def _advance(self, char: str) -> str | None:
         """Move each stop string on by one character; the longest that is now complete."""
         complete: str | None = None
-        for index, stop in enumerate(self._stops):
-            matched = _next_state(stop, self._failures[index], self._matched[index], char)
+        for index in self._begun | self._by_first.get(char, _NONE):
+            stop, failures = self._stops[index], self._failures[index]
+            matched = _next_state(stop, failures, self._matched[index], char)
             self._matched[index] = matched
+            if matched == 0:
+                self._begun.discard(index)
+                continue
+            self._begun.add(index)
+            if matched > len(failures):
+                failures.append(_next_state(stop, failures, failures[-1], char))
             if matched == len(stop) and (complete is None or matched > len(complete)):
                 complete = stop
         return complete
+
+
+_NONE: frozenset[int] = frozenset()
 
 
 def _next_state(stop: str, failures: Sequence[int], matched: int, char: str) -> int:
@@ -71,11 +90,3 @@ def _next_state(stop: str, failures: Sequence[int], matched: int, char: str) -> 
     while matched and stop[matched] != char:
         matched = failures[matched - 1]
     return matched + 1 if stop[matched] == char else 0
-
-
-def _failure_table(stop: str) -> list[int]:
-    """Entry i: the longest proper beginning of stop[: i + 1] that is also its end."""
-    failures = [0]
-    for char in stop[1:]:
-        failures.append(_next_state(stop, failures, failures[-1], char))
-    return failures

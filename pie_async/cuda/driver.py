@@ -60,12 +60,12 @@ class Driver:
 
     def close(self) -> None:
         """Give back what torch keeps for later, and this use of the context."""
-        self.limit_torch(self.total_bytes())
-        self.trim()
-        if self._neighbour is not None:
-            cuda.cuDevicePrimaryCtxRelease(self._neighbour[0])
-            self._neighbour = None
-        cuda.cuDevicePrimaryCtxRelease(self._gpu)
+        try:
+            self.limit_torch(self.total_bytes())
+            self.trim()
+        finally:
+            self._close_neighbour()
+            cuda.cuDevicePrimaryCtxRelease(self._gpu)
 
     def enter_thread(self) -> None:
         """Make this GPU the calling thread's."""
@@ -253,10 +253,19 @@ class Driver:
         self._neighbour = (gpu, context)
         if ordinal == self.device.index:
             return
-        _reach(context)
-        with self._in_neighbour():
-            _reach(self._context)
+        try:
+            _reach(context)
+            with self._in_neighbour():
+                _reach(self._context)
+        except CudaFault:
+            self._close_neighbour()
+            raise
         self._accesses.append(_access(_location(ordinal)))
+
+    def _close_neighbour(self) -> None:
+        if self._neighbour is not None:
+            cuda.cuDevicePrimaryCtxRelease(self._neighbour[0])
+            self._neighbour = None
 
     def neighbour_free_bytes(self) -> int:
         """Memory that is free on the neighbour, by the driver's count."""

@@ -15,7 +15,7 @@ import msgspec
 
 from pie_async.errors import InvalidRequest
 from pie_async.openai.refused import REFUSED_FOR_CHAT, REFUSED_FOR_COMPLETIONS, RefusedFields
-from pie_async.sampling_params import MAX_TOP_LOGPROBS, SamplingParams
+from pie_async.sampling_params import MAX_TOP_LOGPROBS, SamplingParams, check_counts
 
 DEFAULT_COMPLETION_TOKENS = 16
 MAX_CHOICES = 2048
@@ -67,11 +67,12 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
         return self.stream_options is not None and bool(self.stream_options.include_usage)
 
     def check(self) -> None:
-        """Refuse combinations of fields that make no sense.
+        """Refuse lists that are too long, and combinations of fields that make no sense.
 
         Raises:
             InvalidRequest: naming the field.
         """
+        check_counts(self)
         if self.stream_options is not None and not self.stream:
             raise InvalidRequest(
                 "stream_options may only be given with stream: true", param="stream_options"

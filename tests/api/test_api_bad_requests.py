@@ -53,6 +53,8 @@ BAD_PARAMETERS = [
             {"007": 1},
             {"9" * 5000: 1},
             {"1": 1e9},
+            {str(number): 1 for number in range(1025)},
+            {f"not an id {number}": 1 for number in range(10_000)},
         )
     ],
     (CHAT, chat(logit_bias=[1, 2]), "logit_bias"),
@@ -63,6 +65,8 @@ BAD_PARAMETERS = [
     (CHAT, chat(stop=[1]), "stop[0]"),
     (CHAT, chat(stop_token_ids=[VOCAB_SIZE]), "stop_token_ids"),
     (CHAT, chat(stop_token_ids=[-1]), "stop_token_ids"),
+    (CHAT, chat(stop_token_ids=[1] * 129), "stop_token_ids"),
+    (COMPLETIONS, completion(stop_token_ids=[1] * 100_000), "stop_token_ids"),
     (CHAT, chat(min_tokens=-1), "min_tokens"),
     (CHAT, chat(min_tokens=5, max_tokens=4), "min_tokens"),
     (CHAT, chat(allowed_token_ids=[1]), "allowed_token_ids"),

@@ -169,6 +169,89 @@ def test_a_block_that_is_still_read_can_be_adopted():
     assert_all_returned(device.schedule)
 
 
+def test_content_that_a_twin_was_read_from_is_recently_used():
+    device = a_device(device_slots=12)
+    short, _ = device.submit(range(40, 48), 1)[0], device.submit(range(40, 48), 9)[0]
+    while short not in device.ended:
+        device.step()
+    ran(device, range(60, 68))
+    device.run()
+    cache, hasher = device.schedule.residency.cache, device.schedule.hasher
+    root = hasher.root(None)
+    heads = [hasher.digest(root, list(range(start, start + 4)), 0) for start in (40, 60)]
+    order = [block.digest for block, _ in cache.cached() if block.digest in heads]
+    assert order == heads[::-1]
+
+
+# --- computed once -----------------------------------------------------------------------------
+
+
+def computed(device: PerfectDevice) -> int:
+    """Prompt tokens so far."""
+    return device.schedule.counts.prompt_tokens
+
+
+def test_prompts_that_come_together_and_begin_alike_are_computed_once():
+    device = a_device(device_slots=64)
+    device.schedule.worth_awaiting_tokens = 8
+    for tail in range(5):
+        device.submit([*range(40, 60), tail], 3)
+    assert [row.num_tokens for row in device.plan().rows] == [21]
+    assert len(device.plan().rows) == 1, "its blocks are found when the iteration is over"
+    device.settle()
+    assert [row.num_tokens for row in device.plan().rows] == [1] * 5
+    device.run()
+    assert computed(device) == 21 + 4
+    assert len({len(out) for out in device.outputs.values()}) == 1
+
+
+@pytest.mark.parametrize(
+    ("other", "options"),
+    [
+        ([*range(40, 47), *range(1, 15)], {}),  # begins alike, but not for long enough
+        (range(70, 90), {}),
+        (range(40, 47), {}),
+        (range(40, 60), {"cache_salt": "a"}),
+        (range(40, 60), {"prompt_logprobs": 0}),
+    ],
+)
+def test_what_could_not_share_enough_does_not_wait(other, options: dict):
+    device = a_device(device_slots=64)
+    device.schedule.worth_awaiting_tokens = 8
+    device.submit(range(40, 60), 3)
+    device.submit(other, 3, **options)
+    assert [row.num_tokens for row in device.plan().rows] == [20, len(list(other))]
+    device.run()
+
+
+def test_who_waits_for_a_prefix_computes_it_if_the_other_goes_away():
+    device = a_device(device_slots=64, token_budget=8)
+    device.schedule.worth_awaiting_tokens = 8
+    first, second = (device.submit(range(40, 64), 3)[0] for _ in range(2))
+    assert [row.sequence for row in device.plan().rows] == [first]
+    device.cancel(first)
+    assert [row.sequence for row in device.plan().rows] == [second]
+    device.run()
+    assert device.ended == {first: "abort", second: "length"}
+    assert_all_returned(device.schedule)
+
+
+def test_blocks_that_others_use_already_take_no_room_at_admission():
+    device = a_device(device_slots=16, host_slots=0)
+    device.submit([*range(40, 80), 1], 3)
+    device.plan()
+    device.settle()
+    for tail in (2, 3):
+        device.submit([*range(40, 80), tail], 3)
+    assert [row.num_tokens for row in device.plan().rows] == [1, 1, 1], (
+        "of 3 x 11 blocks 10 are one"
+    )
+    device.submit([*range(1, 40)], 3)
+    assert len(device.plan().rows) == 3, "nobody else's blocks are this one's"
+    device.run()
+    assert set(device.ended.values()) == {"length"}
+
+
 # --- free for everyone else ---------------------------------------------------------------------
 
 
@@ -268,6 +351,7 @@ def _history(seed: int, *, is_shared: bool) -> tuple[list[list[int]], int]:
         token_budget=dice.choice([6, 64]),
         shares_prefixes=is_shared,
     )
+    schedule.worth_awaiting_tokens = dice.choice([1, 8, 1000])
     device = PerfectDevice(schedule)
     longest = (device_slots + host_slots - 3) * BLOCK_TOKENS
     talks = [[dice.randrange(2)] * 9 for _ in range(6)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pie_async.core.pressure import LOOKAHEAD_ITERATIONS
+from pie_async.core.pressure import LOOKAHEAD_ITERATIONS, PATIENCE_PLANS, preempt
 from pie_async.core.sequence import State
 from tests.support.perfect_device import (
     PerfectDevice,
@@ -318,6 +318,23 @@ def test_a_lowered_limit_parks_sequences_until_it_is_respected():
         raise AssertionError(f"still streaming: {device.describe()}")
     assert schedule.counts.preemptions_parked > parked
     assert schedule.counts.preemptions_parked > 0
+    device.run()
+    assert device.outputs == {s: expected(s, 12, 30) for s in (1, 2, 3, 4)}
+
+
+def test_a_lowered_limit_is_respected_also_where_sequences_wait_for_slots_that_are_coming():
+    device = PerfectDevice(a_schedule(device_slots=10, host_slots=60, streamed_limit=20))
+    for _ in range(4):
+        device.submit(12, 30)
+    schedule = device.schedule
+    while not (schedule.residency.num_streamed >= 6 and schedule.residency.coming_device):
+        device.step()
+    schedule.streamed_limit = 0
+    schedule.is_starved, schedule.starved_plans = True, PATIENCE_PLANS + 1
+    parked, streamed = len(schedule.parked), schedule.residency.num_streamed
+    preempt(schedule)
+    assert len(schedule.parked) == parked + 1
+    assert schedule.residency.num_streamed < streamed
     device.run()
     assert device.outputs == {s: expected(s, 12, 30) for s in (1, 2, 3, 4)}
 

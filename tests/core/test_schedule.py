@@ -298,7 +298,7 @@ def test_a_dropped_sequence_computes_what_is_not_cached_again_and_goes_on(is_sha
     assert (counts.preemptions_parked, counts.preemptions_recomputed) == (1, 1)
     assert counts.output_tokens == 20
     assert counts.cached_tokens == 0, "what it found is its own"
-    assert counts.prefix_hit_tokens == 4 * is_shared
+    assert (counts.prefix_query_tokens, counts.prefix_hit_tokens) == (6 * is_shared, 0)
 
 
 def test_a_sequence_larger_than_the_device_waits_for_the_pool_to_be_pinned():

@@ -39,9 +39,11 @@ class ScheduleMachine(RuleBasedStateMachine):
         max_running=st.sampled_from([1, 2, 5]),
         iterations_in_flight=st.sampled_from([1, 2]),
         shares_prefixes=st.sampled_from([True, True, True, False]),
+        worth_awaiting_tokens=st.sampled_from([1, 8, 1000]),
     )
-    def build(self, iterations_in_flight, **memory):
+    def build(self, iterations_in_flight, worth_awaiting_tokens, **memory):
         self.schedule = a_schedule(**memory)
+        self.schedule.worth_awaiting_tokens = worth_awaiting_tokens
         self.device = PerfectDevice(self.schedule, iterations_in_flight=iterations_in_flight)
         longest = memory["device_slots"] + memory["host_slots"] - SPARE_SLOTS
         self.longest = longest * BLOCK_TOKENS
@@ -159,6 +161,7 @@ def _random_history(dice: random.Random) -> None:
         token_budget=dice.choice([1, 6, 16, 64]),
         max_running=dice.choice([1, 2, 5]),
     )
+    schedule.worth_awaiting_tokens = dice.choice([1, 8, 1000])
     device = PerfectDevice(schedule, iterations_in_flight=dice.choice([1, 2]))
     longest = (device_slots + host_slots - SPARE_SLOTS) * BLOCK_TOKENS
     starts: dict[int, int] = {}

@@ -312,3 +312,31 @@ def test_the_neighbour_is_given_back_once(opened, monkeypatch):
     monkeypatch.setattr(type(driver), "trim", lambda *_: None)
     driver.close()
     assert cuda.retained == []
+
+
+def test_contexts_are_given_back_even_if_torch_refuses_to_trim(opened, monkeypatch):
+    driver, cuda = opened()
+    cuda.retained.append(0)  # what opening the driver took
+    driver.open_neighbour(1)
+
+    def refuse(*_: object) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(type(driver), "total_bytes", lambda *_: 1)
+    monkeypatch.setattr(type(driver), "limit_torch", refuse)
+    with pytest.raises(RuntimeError):
+        driver.close()
+    assert cuda.retained == []
+
+
+def test_a_neighbour_that_cannot_be_reached_is_given_back_at_once(opened, monkeypatch):
+    driver, cuda = opened()
+
+    def refuse(context: object, flags: int) -> tuple[object]:
+        return (cuda.CUresult.CUDA_ERROR_TOO_MANY_PEERS,)
+
+    monkeypatch.setattr(cuda, "cuCtxEnablePeerAccess", refuse)
+    with pytest.raises(CudaFault):
+        driver.open_neighbour(1)
+    assert cuda.retained == []
+    assert cuda.contexts == ["context 0"]

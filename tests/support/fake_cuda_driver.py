@@ -87,6 +87,7 @@ class FakeDriver:
         self.pinned: dict[int, ctypes.Array] = {}
         self.copies: list[tuple[int, int, int]] = []
         self.failing: str | None = None
+        self.num_closed = 0
 
     def leftovers(self) -> list[object]:
         """What was not given back, but for the stream that torch may still need."""
@@ -98,6 +99,8 @@ class FakeDriver:
     def close(self) -> None:
         for name in list(self.streams):
             self.destroy_stream(name)
+        self.neighbour = None
+        self.num_closed += 1
 
     def enter_thread(self) -> None:
         pass
