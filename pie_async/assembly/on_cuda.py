@@ -305,6 +305,7 @@ def _cuda_runner(
         max_blocks=max_blocks,
         max_tokens=limits.token_budget,
         product=product,
+        streams=sizes.staging_slots > 0,
         uses_graphs=config.cuda_graphs,
         uses_flashinfer=attention == "flashinfer",
     )

@@ -33,6 +33,7 @@ class DecodeProgram:
         needs: Needs | None,
         *,
         is_staged: bool,
+        has_run: bool,
         pool: Any,
     ) -> None:
         """Run it once over padding, then capture it.
@@ -40,6 +41,7 @@ class DecodeProgram:
         Args:
             needs: what is sampled within the graph; None: sampling stays outside.
             is_staged: a piece per layer group instead of one for everything.
+            has_run: its kernels ran with these shapes: they were captured in other pieces.
             pool: the graphs' memory.
 
         Raises:
@@ -61,7 +63,7 @@ class DecodeProgram:
             works = [self._everything]
         self._reserve()
         self.upload((), {})
-        self._pieces = capture(works, pool)
+        self._pieces = capture(works, pool, have_run=has_run)
         self._num_layer_pieces = len(groups)
 
     def _reserve(self) -> None:

@@ -196,6 +196,7 @@ class CudaDevice:
         """Issue torch operations to the compute stream."""
         if self.compute.fault is not None:
             return
+        self.compute.note_work()
         try:
             with self._driver.torch_on(self.compute.handle), torch.inference_mode():
                 work()
@@ -230,6 +231,7 @@ class CudaDevice:
     def _copy(self, stream: CudaStream, find: Callable[[], Sequence[Copy]]) -> None:
         if stream.fault is not None:
             return
+        stream.note_work()
         try:
             self._driver.copy(find(), stream.handle)
         except Exception as error:  # surfaces at the next event

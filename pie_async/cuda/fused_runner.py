@@ -42,6 +42,7 @@ class FusedRunner:
         max_blocks: longest block table.
         max_tokens: most tokens of an iteration.
         product: of the linear layers.
+        streams: iterations may be staged.
         uses_graphs: without them every kernel is launched from Python.
         uses_flashinfer: for attention of prompts; see `attention_choice.py`.
     """
@@ -56,6 +57,7 @@ class FusedRunner:
         max_blocks: int,
         max_tokens: int,
         product: Product = product,
+        streams: bool = True,
         uses_graphs: bool = True,
         uses_flashinfer: bool = False,
     ) -> None:
@@ -77,6 +79,7 @@ class FusedRunner:
             self._model,
             largest=min(lanes, max_tokens) if uses_graphs else 0,
             max_tokens=max_tokens,
+            streams=streams,
             pool=torch.cuda.graph_pool_handle() if uses_graphs else None,
         )
 

@@ -28,13 +28,17 @@ class Programs:
     Args:
         largest: most rows of one token in a graph; 0: nothing is captured.
         max_tokens: most tokens of an iteration.
+        streams: iterations may be staged.
         pool: the graphs' memory.
     """
 
-    def __init__(self, model: FusedModel, *, largest: int, max_tokens: int, pool: Any) -> None:
+    def __init__(
+        self, model: FusedModel, *, largest: int, max_tokens: int, streams: bool, pool: Any
+    ) -> None:
         self._model = model
         self._largest = largest
         self._max_tokens = max_tokens
+        self._streams = streams
         self._pool = pool
         self._captured: dict[Key, DecodeProgram | None] = {}
         """None: there was no memory for it."""
@@ -83,13 +87,18 @@ class Programs:
                 self._do_without(key)
 
     def capture_greedy(self) -> None:
-        """What most iterations need, largest first: the smaller ones then fit into its memory."""
+        """What most iterations need, largest first: the smaller ones then fit into its memory.
+
+        Staged ones too: they are first wanted under pressure, where capturing one, 50 to 100 ms
+        with 64 layers, holds up everybody.
+        """
         if not self._largest:
             return
-        for shape in mixed_shapes(self._largest, self._max_tokens):
-            self._capture((*shape, GREEDY, False))
-        for bucket in reversed(buckets(self._largest)):
-            self._capture((bucket, 0, GREEDY, False))
+        shapes = mixed_shapes(self._largest, self._max_tokens)
+        shapes += [(bucket, 0) for bucket in reversed(buckets(self._largest))]
+        for shape in shapes:
+            for is_staged in (False, True) if self._streams else (False,):
+                self._capture((*shape, GREEDY, is_staged))
 
     @property
     def graph_bytes(self) -> int:
@@ -104,7 +113,8 @@ class Programs:
 
     def _capture(self, key: Key) -> None:
         bucket, prompt_tokens, needs, is_staged = key
-        how = {"is_staged": is_staged, "pool": self._pool}
+        twin = self._captured.get((bucket, prompt_tokens, needs, not is_staged))
+        how = {"is_staged": is_staged, "has_run": twin is not None, "pool": self._pool}
         make: Callable[[], DecodeProgram]
         if prompt_tokens:
             make = partial(MixedProgram, self._model, bucket, prompt_tokens, needs, **how)

@@ -62,6 +62,7 @@ class CudaStream:
         self.fault: DeviceFault | None = None
         self._driver = driver
         self._number = 0
+        self._has_work = False
         self._marks: deque[_Mark] = deque()
         self._free: list[int] = []
         self._handles: list[int] = []
@@ -69,6 +70,10 @@ class CudaStream:
         self._settled: int | None = None
         self._busy_s = 0.0
         self._waited_s = 0.0
+
+    def note_work(self) -> None:
+        """Something is issued to the stream by other means than this class."""
+        self._has_work = True
 
     def record(self) -> CudaEvent:
         event = CudaEvent(self, self._number, 0)
@@ -82,7 +87,8 @@ class CudaStream:
             self.fail(event.fault)
         if event.has_fired or self.fault is not None:
             return
-        self._mark()
+        if self._has_work:  # else the last event is where the wait begins
+            self._mark()
         try:
             self._driver.wait(self.handle, event.handle)
         except DeviceFault as fault:
@@ -128,6 +134,7 @@ class CudaStream:
             return 0
         self._marks.append(_Mark(self._number, handle, ends_wait, event))
         self._number += 1
+        self._has_work = False
         return handle
 
     def _new_event(self) -> int:

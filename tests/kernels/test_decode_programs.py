@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import gc
 import weakref
+from functools import partial
 
 import pytest
 import torch
 
 from pie_async.core.layout import KvLayout
-from pie_async.cuda import fused_model, mixed_program, programs
+from pie_async.cuda import decode_program, fused_model, mixed_program, programs
 from pie_async.cuda.decode_program import graphable
 from pie_async.cuda.fused_model import DRAWN, GREEDY, SPARE_ROWS
 from pie_async.cuda.fused_runner import FusedRunner, LaunchedPass, ReplayedPass
@@ -59,8 +60,9 @@ def prompt_sizes(monkeypatch):
 class Fused(DirectRunner):
     """Also keeps how each iteration was run."""
 
-    def __init__(self, decoder, **how) -> None:
-        super().__init__(decoder, make_runner=self._make, layer_group=GROUP, lanes=4, **how)
+    def __init__(self, decoder, *, streams: bool = True, **how) -> None:
+        make_runner = partial(self._make, streams)
+        super().__init__(decoder, make_runner=make_runner, layer_group=GROUP, lanes=4, **how)
         self.passes: list[type] = []
         begin = self.runner.begin
 
@@ -72,7 +74,7 @@ class Fused(DirectRunner):
         self.runner.begin = keep
 
     @staticmethod
-    def _make(decoder, kv, *, lanes, max_blocks, block_tokens):
+    def _make(streams, decoder, kv, *, lanes, max_blocks, block_tokens):
         config = decoder.config
         layout = KvLayout(
             num_layers=config.num_layers,
@@ -83,7 +85,15 @@ class Fused(DirectRunner):
             layer_group=GROUP,
             ring_depth=2,
         )
-        return FusedRunner(decoder, kv, layout, lanes=lanes, max_blocks=max_blocks, max_tokens=128)
+        return FusedRunner(
+            decoder,
+            kv,
+            layout,
+            lanes=lanes,
+            max_blocks=max_blocks,
+            max_tokens=128,
+            streams=streams,
+        )
 
 
 def reference(decoder) -> DirectRunner:
@@ -281,6 +291,25 @@ def test_no_graph_is_captured_where_the_card_has_no_room_for_one(decoder, caplog
     one.generate([[5, 6, 7]], 5)
     assert set(one.passes) == {LaunchedPass}
     assert caplog.text.count("no memory for a CUDA graph of 1 rows") == 1
+
+
+@pytest.mark.parametrize("streams", [False, True])
+def test_what_greedy_decoding_needs_is_captured_at_the_start(decoder, monkeypatch, streams) -> None:
+    """Staged iterations too, from kernels that have run by then: each shape is run once."""
+    runs: list[bool] = []
+    recorded = decode_program.capture
+
+    def capture(pieces, pool, *, have_run):
+        runs.append(not have_run)
+        return recorded(pieces, pool, have_run=have_run)
+
+    monkeypatch.setattr(decode_program, "capture", capture)
+    one = Fused(decoder, streams=streams)
+    one.runner.warm_up()
+    captured = set(one.runner._programs._captured)
+    assert {key[3] for key in captured} == ({False, True} if streams else {False})
+    assert sum(runs) == len({key[:2] for key in captured})
+    same(serve(one), serve(reference(decoder)))
 
 
 def test_a_launched_iteration_keeps_no_activations_until_it_is_over(decoder) -> None:
