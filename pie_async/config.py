@@ -63,6 +63,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     pool: str = "host"
     """What memory holds the pool: "host", this machine's, or on the CUDA device "peer:N", GPU N's
     (among those that the process sees), which is to be joined to the computing one by NVLink."""
+    pool_idle_s: float = 60.0
+    """Host memory of the pool that was not needed for so long is given back, and taken again on
+    demand; 0: it is kept. A pool in another GPU always keeps its memory."""
     max_streamed_bytes: int | None = None
     """CUDA device: most KV that one iteration may stream. The staging ring takes its share of it,
     `ring_depth` layer groups of all. None: 2 GiB, 8 with the pool in
@@ -131,6 +134,12 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             )
         self._check_gpu()
         self._check_pool()
+        if not 0 <= self.pool_idle_s < math.inf:
+            raise ConfigError(
+                f"pool_idle_s must be at least 0, not {self.pool_idle_s}; 0 keeps the "
+                "pool's memory",
+                option="pool_idle_s",
+            )
         self._check_itl_limit()
         if self.iterations_in_flight not in (1, 2):
             raise ConfigError(

@@ -205,9 +205,21 @@ class PoolGrown(Message, frozen=True, kw_only=True):
     """Most tokens of one sequence, if that changed: not all of the pool could be had."""
 
 
+class PoolShrunk(Message, frozen=True, kw_only=True):
+    """Fact: memory of the host pool was given back; it has so many slots left."""
+
+    slots: int
+
+
+class ReviewPool(Message, frozen=True, kw_only=True):
+    """Command: a period is over; say (`ResizePool`) how many slots the host pool should have."""
+
+
 SchedulerMail = (
     Submit
     | PoolGrown
+    | PoolShrunk
+    | ReviewPool
     | Cancel
     | Drain
     | IterationRan
@@ -260,7 +272,16 @@ class SwapOut(Message, frozen=True, kw_only=True):
     moves: tuple[BlockMove, ...]
 
 
-SwapOutMail = SwapOut
+class ResizePool(Message, frozen=True, kw_only=True):
+    """Command: the host pool is to have so many slots; nothing lies in those that go.
+
+    `PoolGrown`, maybe several, or `PoolShrunk` tell of it; nothing does if it has as many.
+    """
+
+    slots: int
+
+
+SwapOutMail = SwapOut | ResizePool
 
 # --- to the expansion governor ------------------------------------------------------------
 
@@ -304,6 +325,9 @@ DeliveryMail = SequencesAdvanced | Drained
 AnyMessage = (
     Submit
     | PoolGrown
+    | PoolShrunk
+    | ReviewPool
+    | ResizePool
     | Cancel
     | Drain
     | IterationRan

@@ -20,7 +20,8 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     device_blocks: int = 0
     """Resident slots in all."""
     host_blocks: int = 0
-    """Host pool slots that can be used; they rise to its ceiling while memory is pinned."""
+    """Host pool slots that can be used; they rise to its ceiling while memory is pinned and
+    fall while it is given back."""
     resident_blocks: int = 0
     """Device slots in use, those of cached blocks not counted."""
     cached_blocks: int = 0

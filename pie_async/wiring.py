@@ -14,7 +14,7 @@ from pie_async.actors.delivery import DeliveryActor
 from pie_async.actors.expansion_governor import ExpansionGovernorActor
 from pie_async.actors.scheduler import Neighbours, SchedulerActor
 from pie_async.actors.swap_in import SwapInActor
-from pie_async.actors.swap_out import SwapOutActor
+from pie_async.actors.swap_out import PoolReview, SwapOutActor
 from pie_async.assembly import Parts
 from pie_async.assembly.sizing import SPARE_SLOTS
 from pie_async.config import EngineConfig
@@ -23,7 +23,7 @@ from pie_async.core.residency import ResidencyMap
 from pie_async.core.schedule import SHRINK_TOLERANCE, Schedule
 from pie_async.device.launcher import Launcher
 from pie_async.errors import MailboxClosed
-from pie_async.messages import PoolGrown
+from pie_async.messages import PoolGrown, PoolShrunk
 from pie_async.request_stream import RequestStream
 from pie_async.runtime.actor import Actor
 from pie_async.runtime.supervisor import Supervisor
@@ -66,7 +66,9 @@ class Actors:
         self.delivery = DeliveryActor(to_scheduler, on_finished=on_finished, observer=observer)
         compute = ComputeActor(launcher, to_scheduler, observer=observer)
         swap_in = SwapInActor(launcher, to_scheduler, observer=observer)
-        swap_out = SwapOutActor(launcher, to_scheduler, observer=observer)
+        swap_out = SwapOutActor(
+            launcher, to_scheduler, review=_pool_review(parts, config), observer=observer
+        )
         actors: list[Actor[Any]] = [self.delivery, self.scheduler, compute, swap_in, swap_out]
         governor = None
         self.most_streamed = _most_streamed(parts)
@@ -91,6 +93,7 @@ class Actors:
         )
         self.supervisor = Supervisor(actors, parts.device)
         self._memory = parts.device.memory
+        self._pool_slots = self._memory.first_host_slots
         self._on_shorter = on_shorter
         parts.device.watch_pool(self._pool_grown)
 
@@ -102,8 +105,13 @@ class Actors:
             self._on_shorter(longest)
             _log.warning("%s. Going on with that: sequences of %d tokens at most", refusal, longest)
         is_all = refusal is not None or slots >= memory.host_slots
+        is_less, self._pool_slots = slots < self._pool_slots, slots
         with contextlib.suppress(MailboxClosed):
-            self.scheduler.mailbox.post(PoolGrown(slots=slots, is_all=is_all, longest=longest))
+            self.scheduler.mailbox.post(
+                PoolShrunk(slots=slots)
+                if is_less
+                else PoolGrown(slots=slots, is_all=is_all, longest=longest)
+            )
 
 
 def _schedule(parts: Parts, config: EngineConfig) -> Schedule:
@@ -114,6 +122,8 @@ def _schedule(parts: Parts, config: EngineConfig) -> Schedule:
             host_slots=memory.first_host_slots,
             staging_slots=memory.staging_slots,
             first_staging_slot=memory.first_staging_slot,
+            most_host_slots=memory.host_slots,
+            chunk_slots=memory.chunk_slots if config.pool_idle_s else 0,
         ),
         block_tokens=config.block_tokens,
         token_budget=parts.limits.token_budget,
@@ -124,6 +134,15 @@ def _schedule(parts: Parts, config: EngineConfig) -> Schedule:
         shrink_tolerance=SHRINK_TOLERANCE if config.itl_limit_s is None else 1.0,
         awaits_pool=memory.first_host_slots < memory.host_slots,
         streamed_limit=min(config.streamed_blocks or 0, _most_streamed(parts)),
+    )
+
+
+def _pool_review(parts: Parts, config: EngineConfig) -> PoolReview | None:
+    memory = parts.device.memory
+    if not config.pool_idle_s or not 0 < memory.chunk_slots < memory.host_slots:
+        return None
+    return PoolReview(
+        every_s=config.pool_idle_s, slots=memory.host_slots, least_slots=memory.chunk_slots
     )
 
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import csv
 import json
+import textwrap
 
 import pytest
 
 from pie_async.config import MIB
-from scripts.paper import throughput, transparency
+from pie_async.measurements import RequestTimes
+from scripts.paper import flexgen, rates, throughput, transparency
+from scripts.paper.load import Row
 
 BUILTIN = ["--device", "cpu", "--model", "builtin", "--load-format", "checkpoint"]
 
@@ -53,3 +56,91 @@ def test_throughput_runs_one_load_in_every_mode(tmp_path, monkeypatch):
     assert rows["off"]["streamed_bytes"] == 0
     assert rows["parking"]["mean_streamed_blocks"] == 0
     assert all(row["output_tokens_per_s"] > 0 for row in rows.values())
+
+
+FAKE_VLLM = {
+    "vllm/__init__.py": """
+        class SamplingParams:
+            def __init__(self, **fields): self.__dict__ |= fields
+        TokensPrompt = dict
+        """,
+    "vllm/sampling_params.py": "class RequestOutputKind: DELTA = 1",
+    "vllm/engine/__init__.py": "",
+    "vllm/engine/arg_utils.py": "AsyncEngineArgs = dict",
+    "vllm/v1/__init__.py": "",
+    "vllm/v1/engine/__init__.py": "",
+    "vllm/v1/engine/async_llm.py": """
+        import asyncio, types
+        print("noise where the answers would be")
+        class AsyncLLM:
+            def __init__(self, arguments):
+                assert arguments["kv_cache_memory_bytes"] == 64 * 2**20
+                assert arguments.get("kv_offloading_size") in (None, 0.25)
+            from_engine_args = classmethod(lambda cls, arguments: cls(arguments))
+            async def generate(self, prompt, params, name):
+                for _ in range(params.max_tokens):
+                    await asyncio.sleep(0.001)
+                    yield types.SimpleNamespace(outputs=[types.SimpleNamespace(token_ids=[7])])
+            def shutdown(self): pass
+        """,
+}
+ON_VLLM = ["--model", "llama-3.1-8b", "--context", "64", "--host-pool", "256MiB"]
+
+
+def stand_in(folder):
+    for name, text in FAKE_VLLM.items():
+        path = folder / "lib" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(textwrap.dedent(text))
+    return folder / "lib"
+
+
+def test_vllm_answers_the_same_load_in_its_own_process(tmp_path, monkeypatch):
+    arguments = [
+        *ON_VLLM, "--kv", "64MiB", "--requests", "6", "--modes", "vllm", "vllm-offload",
+        "--vllm", str(stand_in(tmp_path)), "--results", str(tmp_path),
+    ]  # fmt: skip
+    monkeypatch.setattr("sys.argv", ["throughput", *arguments])
+    throughput.main()
+    plain, offload = rows_of(tmp_path, "throughput")
+    assert [plain["mode"], offload["mode"]] == ["vllm", "vllm-offload"]
+    for row in (plain, offload):
+        assert row["requests"] == row["sent"] == 6 and row["kv_bytes"] == 64 * MIB
+        assert row["tpot_p99_s"] >= row["tpot_p50_s"] >= 0.001
+        assert row["normalized_p50_s"] > 0 and row["output_tokens_per_s"] > 0
+
+
+def test_rates_put_vllm_at_offs_rate_and_say_what_a_budget_leaves_out(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(rates, "FEWEST_REQUESTS", 5)
+    arguments = [
+        *ON_VLLM, "--kv", "64MiB", "--modes", "vllm", "--off-rate", "50", "--shares", "0.5", "1",
+        "--own", "--seconds", "0.1", "--vllm", str(stand_in(tmp_path)), "--results", str(tmp_path),
+    ]  # fmt: skip
+    monkeypatch.setattr("sys.argv", ["rates", *arguments])
+    rates.main()
+    rows = rows_of(tmp_path, "rates")
+    assert [(row["requests_per_s"], row["off_share"]) for row in rows] == [(25, 0.5), (50, 1)]
+    assert all(row["requests"] == 5 for row in rows)
+    monkeypatch.setattr("sys.argv", ["rates", *arguments, "--budget", "0"])
+    rates.main()
+    assert "left out, --budget is spent: vllm" in capsys.readouterr().out
+
+
+def test_decoding_is_counted_from_the_last_first_token_as_flexgen_does():
+    first = RequestTimes(submitted_s=0.0, prompt_tokens=4)
+    second = RequestTimes(submitted_s=0.0, prompt_tokens=4)
+    for time_s in (1.0, 2.0, 3.0, 4.0):
+        first.arrived(time_s, 1)
+        second.arrived(time_s + 1, 1)
+    row = Row(**{**dict.fromkeys(Row.__struct_fields__, 0), "kv_bytes": 5})
+    half = flexgen.flexgen_rates(
+        {"gpu_peak_bytes": 7, "prefill_s": 1.0, "decode_tokens_per_s": 0.5,
+         "total_tokens_per_s": 0.4}, "half", 4,
+    )  # fmt: skip
+    made = flexgen.pie_rates(row, [first, second], 4, half.gpu_bytes, half)
+    # After 2 s: two of the first's tokens and three of the second's, in 3 s.
+    assert made.prefill_s == 2 and made.decode_tokens_per_s == pytest.approx(5 / 3)
+    assert made.total_tokens_per_s == pytest.approx(8 / 5)
+    assert made.decode_gain == pytest.approx(10 / 3) and made.total_gain == pytest.approx(4)

@@ -24,7 +24,10 @@ from pie_async.messages import (
     IterationRan,
     IterationStaged,
     PoolGrown,
+    PoolShrunk,
     PromptLogprobs,
+    ResizePool,
+    ReviewPool,
     RunIteration,
     SchedulerMail,
     SequencesAdvanced,
@@ -116,12 +119,22 @@ class SchedulerActor(Actor[SchedulerMail]):
                 schedule.streamed_limit = mail.limit_blocks
                 schedule.least_streamed = mail.least_blocks
                 self._totals = msgspec.structs.replace(self._totals, governor_reason=mail.reason)
-            case PoolGrown():
-                self._tell(schedule.pool_grown(mail), NO_ITERATION)
+            case PoolGrown() | PoolShrunk() | ReviewPool():
+                self._size_pool(mail)
             case Drain():
                 self._is_draining = True
             case _:
                 assert_never(mail)
+
+    def _size_pool(self, mail: PoolGrown | PoolShrunk | ReviewPool) -> None:
+        match mail:
+            case PoolGrown():
+                self._tell(self._schedule.pool_grown(mail), NO_ITERATION)
+            case PoolShrunk():
+                self._schedule.residency.pool_size.told(mail.slots, is_all=False)
+            case ReviewPool():
+                slots = self._schedule.residency.pool_size.review()
+                self._to.swap_out.post(ResizePool(slots=slots))
 
     # --- planning ---------------------------------------------------------------------------
 
@@ -135,6 +148,8 @@ class SchedulerActor(Actor[SchedulerMail]):
             if not plan.rows:
                 break
             self._next_iteration += 1
+        if (slots := schedule.residency.pool_size.grow()) is not None:
+            self._to.swap_out.post(ResizePool(slots=slots))
         if self._is_draining and schedule.is_idle and self._is_settled:
             self._is_draining = False
             self._to.delivery.post(Drained())

@@ -93,7 +93,7 @@ def _gauges(stats: EngineStats) -> dict[str, tuple[str, float]]:
         "block_bytes": ("Size of a KV block over all layers", stats.block_bytes),
         "block_tokens": ("Tokens whose KV a block holds", stats.block_tokens),
         "device_slots": ("Resident slots of the device arena", stats.device_blocks),
-        "host_slots": ("Slots of the host pool at its ceiling", stats.host_blocks),
+        "host_slots": ("Slots of the host pool that can be used now", stats.host_blocks),
         "pooled_blocks": ("Host slots in use, clean copies included", stats.pooled_blocks),
         "streamed_limit_blocks": (
             "Blocks that the expansion governor allows to be streamed",

@@ -14,7 +14,7 @@ from pie_async.assembly.sizing import (
 )
 from pie_async.config import BUILTIN_MODEL, EngineConfig
 from pie_async.device.cost_model import CostModel, gpu_named, link_named, shape_named
-from pie_async.device.protocol import MemoryPlan
+from pie_async.device.protocol import MemoryPlan, chunk_slots_of
 from pie_async.device.sim import SimDevice
 from pie_async.model_info import ModelInfo
 
@@ -38,6 +38,7 @@ def assemble_sim(config: EngineConfig) -> Parts:
         staging_slots=host_slots,
         host_slots=host_slots,
         first_host_slots=host_slots,
+        chunk_slots=chunk_slots_of(layout, host_slots),
     )
     cost = CostModel(gpu=gpu_named(config.sim_gpu), link=link_named(config.sim_link), shape=shape)
     info = ModelInfo(

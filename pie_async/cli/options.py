@@ -146,6 +146,11 @@ FLAGS: dict[str, _Flag] = {
         "Memory that holds the pool: this machine's, or GPU N's (cuda).",
         _DEFAULTS.pool, _MEMORY,
     ),
+    "pool_idle_s": _Flag(
+        "--pool-idle", seconds, "TIME",
+        "Give host memory of the pool back after so long without need; 0 keeps it.",
+        f"{_DEFAULTS.pool_idle_s:g}s", _MEMORY,
+    ),
     "max_streamed_bytes": _Flag(
         "--max-streamed", size, "SIZE", "Most KV that an iteration may stream (cuda).",
         "2GiB (with --pool peer:N 8GiB), or what --max-model-len needs", _MEMORY,

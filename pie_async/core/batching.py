@@ -45,6 +45,8 @@ def plan_iteration(schedule: Schedule, iteration: IterationId) -> IterationPlan:
         moves = plan.swap_out or plan.swap_in or schedule.has_moves
         if plan.rows or moves or schedule.in_flight or schedule.is_idle or schedule.awaits_pool:
             return plan
+        if schedule.residency.pool_size.is_changing or schedule.residency.pool_size.is_short:
+            return plan  # more of the pool is on its way
         # Nothing is under way that could report back: making room must have made some.
         assert _position(schedule) != before, f"the schedule is stuck: {before}"
 

@@ -46,8 +46,13 @@ def _check_pool(residency: ResidencyMap, pool: SlotPool, used: Iterable[int | No
     _require(len(set(held)) == len(held), f"a {pool.name} slot is held twice: {sorted(held)}")
     both = [slot for slot in held if pool.is_free(slot)]
     _require(not both, f"{pool.name} slots {both} are free and in use")
+    retiring = [slot for slot in held if slot >= pool.first + pool.size]
     _require(
-        len(held) + pool.num_free == pool.size,
+        len(retiring) == pool.num_retiring,
+        f"{len(retiring)} {pool.name} slots retire, {pool.num_retiring} counted",
+    )
+    _require(
+        len(held) - len(retiring) + pool.num_free == pool.size,
         f"{pool.name} slots leak: {len(mapped)} mapped + {len(limbo)} in limbo + "
         f"{pool.num_free} free of {pool.size}",
     )

@@ -12,6 +12,7 @@ from collections import OrderedDict, deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
+from pie_async.core.pool_size import PoolSize
 from pie_async.core.prefix_cache import PrefixCache
 from pie_async.core.slots import SlotPool
 from pie_async.ids import BlockId, DeviceSlot, HostSlot
@@ -81,10 +82,24 @@ class ResidencyMap:
     """
 
     def __init__(
-        self, *, device_slots: int, host_slots: int, staging_slots: int, first_staging_slot: int
+        self,
+        *,
+        device_slots: int,
+        host_slots: int,
+        staging_slots: int,
+        first_staging_slot: int,
+        most_host_slots: int = 0,
+        chunk_slots: int = 0,
     ) -> None:
+        """
+        Args:
+            host_slots: that can be used from the start.
+            most_host_slots: that there may be later, with `chunk_slots`.
+            chunk_slots: by which the host pool grows and shrinks with its use; 0: it does not.
+        """
         self.device = SlotPool("device", device_slots)
         self.host = SlotPool("host", host_slots)
+        self.pool_size = PoolSize(self.host, ceiling=most_host_slots, chunk_slots=chunk_slots)
         self.staging = SlotPool("staging", staging_slots, first=first_staging_slot)
         self.blocks: dict[BlockId, Block] = {}
         self.streamed: dict[BlockId, Block] = {}
@@ -158,8 +173,8 @@ class ResidencyMap:
 
     @property
     def available_host(self) -> int:
-        """Host slots free now or holding spare copies of resident blocks."""
-        return self.host.num_free + len(self.clean_resident)
+        """Host slots free now, still to be had, or holding spare copies of resident blocks."""
+        return self.host.num_free + self.pool_size.growable + len(self.clean_resident)
 
     # --- blocks -----------------------------------------------------------------------------
 
@@ -349,6 +364,7 @@ class ResidencyMap:
 
     def reclaim_host(self, wanted: int) -> None:
         """Drop spare copies of resident blocks until `wanted` host slots are or become free."""
+        wanted -= self.pool_size.growable
         while self.clean_resident and self.host.num_free < wanted:
             self._drop_copy(next(iter(self.clean_resident.values())))
             wanted -= 1

@@ -169,8 +169,8 @@ class Schedule:
     def pool_grown(self, grown: PoolGrown) -> list[Advance]:
         """The host pool has more slots. If the memories will not hold what they were meant to,
         sequences end where they are full, those at once whose prompt alone is too long."""
-        self.residency.host.grow(grown.slots)
-        self.awaits_pool = not grown.is_all
+        told = self.residency.pool_size.told
+        self.awaits_pool = told(grown.slots, is_all=grown.is_all)
         if grown.longest is None:
             return []
         too_long = []

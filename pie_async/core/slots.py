@@ -18,6 +18,8 @@ class SlotPool:
         self.first = first
         self._is_free = bytearray(b"\x01" * size)
         self._num_free = size
+        self.num_retiring = 0
+        """Slots in use that are the pool's no more: it was made smaller."""
         # Sorted, so already heaps. A slot taken from one stays in the other until its turn.
         self._lowest = _Heap(range(size))
         self._highest = _Heap(range(1 - size, 1))  # negated
@@ -28,7 +30,13 @@ class SlotPool:
 
     @property
     def num_used(self) -> int:
-        return self.size - self._num_free
+        """Slots that are taken, retiring ones included."""
+        return self.size - self._num_free + self.num_retiring
+
+    @property
+    def end_used(self) -> int:
+        """One more than the highest index of a slot that is taken; 0 if none is."""
+        return self._is_free.rfind(b"\x00") + 1
 
     def take(self, preferred: int | None = None, *, is_highest: bool = False) -> int | None:
         """The preferred slot if it is free, else the lowest or highest; None if none is."""
@@ -46,19 +54,31 @@ class SlotPool:
         index = slot - self.first
         assert not self._is_free[index], f"{self.name} slot {slot} freed twice"
         self._is_free[index] = 1
+        if index >= self.size:
+            self.num_retiring -= 1
+            return
         self._num_free += 1
         self._lowest.push(index)
         self._highest.push(-index)
 
-    def grow(self, size: int) -> None:
-        """So many slots from now on; never fewer than before."""
-        more = range(self.size, size)
-        self.size = max(self.size, size)
-        self._is_free.extend(b"\x01" * len(more))
-        self._num_free += len(more)
-        for index in more:
-            self._lowest.push(index)
-            self._highest.push(-index)
+    def resize(self, size: int) -> None:
+        """So many slots from now on. Those behind that are taken retire: when they are given back
+        nobody gets them again, unless the pool has grown until then."""
+        self._is_free.extend(b"\x01" * (size - len(self._is_free)))
+        low, high = sorted((self.size, size))
+        num_taken = self._is_free.count(0, low, high)
+        num_free = high - low - num_taken
+        if size < self.size:
+            self._num_free -= num_free
+            self.num_retiring += num_taken
+        else:
+            self._num_free += num_free
+            self.num_retiring -= num_taken
+            for index in range(low, high):
+                if self._is_free[index]:
+                    self._lowest.push(index)
+                    self._highest.push(-index)
+        self.size = size
 
     def is_free(self, slot: int) -> bool:
         index = slot - self.first
@@ -67,7 +87,7 @@ class SlotPool:
     def _next(self, *, is_highest: bool) -> int:
         while True:
             index = -self._highest.pop() if is_highest else self._lowest.pop()
-            if self._is_free[index]:
+            if index < self.size and self._is_free[index]:
                 return index
 
 

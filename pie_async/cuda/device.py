@@ -130,6 +130,7 @@ class CudaDevice:
             staging_slots=staging_slots,
             host_slots=host_slots,
             first_host_slots=self._pool.pinned_slots,
+            chunk_slots=self._pool.chunk_slots,
         )
         self.compute = CudaStream("compute", driver)
         self.h2d = CudaStream("h2d", driver)
@@ -256,6 +257,9 @@ class CudaDevice:
                 loop.call_soon_threadsafe(grown, slots, refusal)
 
         self._pool.watch(tell)
+
+    def resize_pool(self, slots: int) -> None:
+        self._pool.resize(slots)
 
     async def drain(self) -> None:
         loop = asyncio.get_running_loop()

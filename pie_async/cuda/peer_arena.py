@@ -25,6 +25,9 @@ _log = logging.getLogger(__name__)
 class PeerArena:
     """Slots in the neighbour that the driver has opened."""
 
+    chunk_slots = 0
+    """Its memory stays."""
+
     def __init__(self, driver: Driver, layout: KvLayout, *, slots: int) -> None:
         """Allocate all of them.
 
@@ -53,6 +56,10 @@ class PeerArena:
     def watch(self, grown: Grown) -> None:
         """Call this now; there will never be more."""
         grown(self._slots, None)
+
+    def resize(self, slots: int) -> None:
+        """Nobody asks for it."""
+        raise NotImplementedError("a pool in another GPU's memory keeps its size")
 
     @property
     def pinned_slots(self) -> int:

@@ -15,8 +15,15 @@ class PoolArena(Protocol):
     def pieces(self, layer: int, slot: int, count: int) -> Iterator[tuple[int, int]]:
         """(address, slots) of contiguous pieces that together are one layer of these slots."""
 
+    @property
+    def chunk_slots(self) -> int:
+        """By which `resize` takes and gives back memory; 0: it does not."""
+
     def watch(self, grown: Grown) -> None:
-        """Call this now and whenever there are more slots, from any thread."""
+        """Call this now and whenever there are more slots or fewer, from any thread."""
+
+    def resize(self, slots: int) -> None:
+        """Begin to make it so large; `watch` tells when it is done."""
 
     @property
     def pinned_slots(self) -> int:

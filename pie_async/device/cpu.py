@@ -21,7 +21,8 @@ import torch
 
 from pie_async.core.layout import KvLayout
 from pie_async.device.aliased_arena import AliasedArena
-from pie_async.device.protocol import Event, MemoryPlan, Pass, Span
+from pie_async.device.cpu_pool import CpuPool
+from pie_async.device.protocol import Event, MemoryPlan, Pass, Span, chunk_slots_of
 from pie_async.errors import DeviceFault
 from pie_async.messages import (
     BlockMove,
@@ -186,6 +187,7 @@ class CpuDevice:
         link_bytes_per_s: float | None = None,
         threads: int | None = None,
         poisons: bool = False,
+        chunk_slots: int | None = None,
     ) -> None:
         """Set memory aside; pages are committed as they are used.
 
@@ -194,6 +196,7 @@ class CpuDevice:
             link_bytes_per_s: rate of the host link in each direction; None: no limit.
             threads: that one torch operation of the compute stream uses; None: as torch chooses.
             poisons: overwrite staging buffers with NaN once they have been read.
+            chunk_slots: by which the host pool's memory is given back; None: the usual.
         """
         self.arena = AliasedArena(
             layout, device_slots=device_slots, staging_slots=host_slots, dtype=dtype
@@ -205,14 +208,13 @@ class CpuDevice:
             staging_slots=host_slots,
             host_slots=host_slots,
             first_host_slots=host_slots,
+            chunk_slots=chunk_slots_of(layout, host_slots) if chunk_slots is None else chunk_slots,
         )
         self.compute = CpuStream("compute")
         self.h2d = CpuStream("h2d")
         self.d2h = CpuStream("d2h")
-        # Layer-major, so that one layer of neighbouring slots is one contiguous copy.
-        self._host_pool = torch.empty(
-            layout.num_layers, max(1, host_slots), layout.layer_block_bytes, dtype=torch.uint8
-        )
+        self._pool = CpuPool(layout, host_slots)
+        self._pool_watcher: Callable[[int, str | None], None] | None = None
         self._link_bytes_per_s = link_bytes_per_s
         self._threads = threads
         self._poisons = poisons
@@ -283,6 +285,7 @@ class CpuDevice:
         slot_bytes = self.memory.layout.layer_block_bytes
 
         def copy() -> None:
+            self._pool.require(max((run.host_slot + run.count for run in runs), default=0))
             for layer in layers:
                 host, device = self._host_address(layer), self._device_address(layer)
                 for run in runs:
@@ -305,6 +308,7 @@ class CpuDevice:
 
     def _move(self, moves: Sequence[BlockMove], direction: str) -> None:
         slot_bytes = self.memory.layout.layer_block_bytes
+        self._pool.require(max((move.host_slot + 1 for move in moves), default=0))
         for layer in range(self.memory.layout.num_layers):
             host, device = self._host_address(layer), self._device_address(layer)
             for move in moves:
@@ -324,7 +328,7 @@ class CpuDevice:
                 time.sleep(rest_s)
 
     def _host_address(self, layer: int) -> int:
-        return self._host_pool[layer].data_ptr()
+        return self._pool.address(layer)
 
     def _device_address(self, layer: int) -> int:
         return self.arena.layers[layer].data_ptr()
@@ -357,6 +361,16 @@ class CpuDevice:
 
     def watch_pool(self, grown: Callable[[int, str | None], None]) -> None:
         """All of the pool is there from the start."""
+        self._pool_watcher = grown
+
+    def resize_pool(self, slots: int) -> None:
+        # On the thread of a copy stream, behind what was issued: the kernel takes a while.
+        self.d2h.put(partial(self._pool.resize, slots))
+        self.notify(self.d2h.record(), partial(self._resized, slots))
+
+    def _resized(self, slots: int, fault: BaseException | None) -> None:
+        if fault is None and self._pool_watcher is not None:
+            self._pool_watcher(slots, None)
 
     async def drain(self) -> None:
         for stream in self._streams:
@@ -370,4 +384,4 @@ class CpuDevice:
         # Whoever keeps the engine, to ask for its statistics say, must not keep the memory.
         self._runner = None
         self.arena.layers.clear()
-        self._host_pool = torch.empty(0)
+        self._pool.close()

@@ -58,6 +58,9 @@ class Launcher:
     def demote(self, moves: Sequence[BlockMove]) -> asyncio.Future[CopyResult]:
         return self._copy(self._device.d2h, self._device.demote, moves)
 
+    def resize_pool(self, slots: int) -> None:
+        self._device.resize_pool(slots)
+
     def _pair(self) -> None:
         """Issue iterations in order, each as soon as both its halves are here."""
         while self._runs:

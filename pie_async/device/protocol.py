@@ -14,6 +14,7 @@ from typing import Protocol
 
 import msgspec
 
+from pie_async.config import MIB
 from pie_async.core.layout import KvLayout
 from pie_async.messages import (
     BlockMove,
@@ -23,6 +24,10 @@ from pie_async.messages import (
     SampledToken,
     StageIteration,
 )
+
+POOL_CHUNK_BYTES = 256 * MIB
+"""Of host memory, by which the pool grows and shrinks: pinned in a tenth of a second, and one
+layer of it is still one long copy."""
 
 
 class MemoryPlan(msgspec.Struct, frozen=True, kw_only=True):
@@ -39,6 +44,15 @@ class MemoryPlan(msgspec.Struct, frozen=True, kw_only=True):
     """Slots of the host pool: its ceiling."""
     first_host_slots: int
     """Those that can be used from the start; `Device.watch_pool` tells of the others."""
+    chunk_slots: int = 0
+    """By which `Device.resize_pool` takes and gives back memory; 0: it cannot."""
+
+
+def chunk_slots_of(
+    layout: KvLayout, host_slots: int, *, chunk_bytes: int = POOL_CHUNK_BYTES
+) -> int:
+    """Slots of the host pool that come and go together."""
+    return max(1, min(host_slots, chunk_bytes // layout.block_bytes))
 
 
 class Span(msgspec.Struct, frozen=True):
@@ -124,8 +138,13 @@ class Device(Protocol):
         """What happened between two events of one stream; `notify` announced the last one."""
 
     def watch_pool(self, grown: Callable[[int, str | None], None]) -> None:
-        """Call back on the event loop, after `start`, when more of the host pool can be used:
+        """Call back on the event loop, after `start`, when there is more or less of the host pool:
         how many slots there are now, and why no more will come, if that is so."""
+
+    def resize_pool(self, slots: int) -> None:
+        """Begin to make the host pool so large: whole chunks, or all of it. Called on the loop,
+        which it does not block; `watch_pool` tells when it is done. No copy that was issued
+        touches the slots that go."""
 
     async def drain(self) -> None:
         """Return when all issued work is done. Never raises."""
@@ -176,3 +195,6 @@ class SwapOutQueue(Protocol):
     """The swap-out actor's view of the device."""
 
     def demote(self, moves: Sequence[BlockMove]) -> asyncio.Future[CopyResult]: ...
+
+    def resize_pool(self, slots: int) -> None:
+        """See `Device`."""

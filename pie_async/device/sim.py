@@ -10,8 +10,9 @@ from __future__ import annotations
 import asyncio
 import heapq
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
+from pie_async.config import GIB
 from pie_async.device.cost_model import CostModel, Work
 from pie_async.device.happens_before import Clock
 from pie_async.device.protocol import Event, MemoryPlan, Pass, Span
@@ -29,6 +30,8 @@ from pie_async.messages import (
 )
 
 _EPSILON_S = 1e-9
+_PIN_S_PER_BYTE = 0.4 / GIB
+"""Measured on a host of H200s."""
 
 
 Callback = Callable[[BaseException | None], None]
@@ -191,6 +194,9 @@ class SimDevice:
         self._staged: tuple[Sequence[CopyRun], int] = ((), 0)
         self._staging_s = 0.0
         self._staged_copy_s = 0.0
+        self.pool_slots = memory.host_slots
+        """Of the host pool that have memory."""
+        self._pool_watcher: Callable[[int, str | None], None] | None = None
 
     @property
     def memory(self) -> MemoryPlan:
@@ -247,7 +253,21 @@ class SimDevice:
         stream.failure = failure
 
     def watch_pool(self, grown: Callable[[int, str | None], None]) -> None:
-        """All of the pool is there from the start."""
+        """See `Device`; all of the pool is there from the start."""
+        self._pool_watcher = grown
+
+    def resize_pool(self, slots: int) -> None:
+        """See `Device`. New memory takes as long as pinning does, old one goes at once, and copies
+        from then on are refused to touch it."""
+        added_bytes = max(0, slots - self.pool_slots) * self._memory.layout.block_bytes
+        self.pool_slots = min(slots, self.pool_slots)
+        loop = self._running_loop()
+        loop.call_later(added_bytes * _PIN_S_PER_BYTE, self._resized, slots)
+
+    def _resized(self, slots: int) -> None:
+        self.pool_slots = slots
+        if self._loop is not None and self._pool_watcher is not None:
+            self._pool_watcher(slots, None)
 
     async def drain(self) -> None:
         """See `Device`."""
@@ -283,6 +303,7 @@ class SimDevice:
     def stage(self, layers: range, runs: Sequence[CopyRun]) -> None:
         """See `Device`."""
         if runs is not self._staged[0]:
+            self._require_pooled(run.host_slot + run.count for run in runs)
             self._measure_staging(runs)
         for layer in layers:
             start_s = self._h2d.free_at_s
@@ -353,6 +374,13 @@ class SimDevice:
                 self.checker.memory.observe(event.clock)
             callback(event.failure)
 
+    def _require_pooled(self, ends: Iterable[int]) -> None:
+        end = max(ends, default=0)
+        if end > self.pool_slots:
+            raise DeviceFault(
+                f"host slot {end - 1} is copied, but the pool has memory for {self.pool_slots}"
+            )
+
     def _measure_staging(self, runs: Sequence[CopyRun]) -> None:
         blocks = sum(run.count for run in runs)
         num_bytes = blocks * self._memory.layout.layer_block_bytes
@@ -364,6 +392,7 @@ class SimDevice:
     def _move(self, stream: SimStream, moves: Sequence[BlockMove]) -> None:
         if not moves:
             return
+        self._require_pooled(move.host_slot + 1 for move in moves)
         layout = self._memory.layout
         start_s = stream.free_at_s
         num_runs = len(moves) * layout.num_layers

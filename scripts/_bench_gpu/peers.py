@@ -22,7 +22,7 @@ _ARCHITECTURES = {
     "opt": "OPTForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
 }
-_VLLM_ENVIRONMENT = {
+VLLM_ENVIRONMENT = {
     "DO_NOT_TRACK": "1",
     "HF_HUB_OFFLINE": "1",
     "TRANSFORMERS_OFFLINE": "1",
@@ -110,7 +110,7 @@ class Vllm(NamedTuple):
             PeerFailed: it has no result at all.
         """
         engine = {
-            "model": str(self._model()),
+            "model": str(write_model(self.model, self.scratch)),
             "load_format": "dummy",
             "skip_tokenizer_init": True,
             "dtype": "bfloat16",
@@ -128,19 +128,25 @@ class Vllm(NamedTuple):
             [str(plan)],
             packages=self.packages,
             seconds=self.seconds,
-            environment={**_VLLM_ENVIRONMENT, "VLLM_CACHE_ROOT": str(self.scratch / "cache")},
+            environment={**VLLM_ENVIRONMENT, "VLLM_CACHE_ROOT": str(self.scratch / "cache")},
         )
 
-    def _model(self) -> Path:
-        if self.model not in NAMED_SHAPES:
-            raise ConfigError(f"vLLM can be given named shapes only, not {self.model}")
-        config = dict(NAMED_SHAPES[self.model])
-        config["architectures"] = [_ARCHITECTURES[config["model_type"]]]
-        config["torch_dtype"] = "bfloat16"
-        path = self.scratch / self.model
-        path.mkdir(exist_ok=True)
-        (path / "config.json").write_text(json.dumps(config))
-        return path
+
+def write_model(model: str, folder: Path) -> Path:
+    """A folder with a named shape's config.json, as vLLM reads it.
+
+    Raises:
+        ConfigError: there is no such shape.
+    """
+    if model not in NAMED_SHAPES:
+        raise ConfigError(f"vLLM can be given named shapes only, not {model}")
+    config = dict(NAMED_SHAPES[model])
+    config["architectures"] = [_ARCHITECTURES[config["model_type"]]]
+    config["torch_dtype"] = "bfloat16"
+    path = folder / model
+    path.mkdir(exist_ok=True)
+    (path / "config.json").write_text(json.dumps(config))
+    return path
 
 
 def _plain(load: PeerLoad) -> dict[str, Any]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import msgspec
 
@@ -77,6 +78,7 @@ async def measure(
     requests_per_s: float = 0.0,
     seed: int = 0,
     limit_s: float | None = None,
+    on_end: Callable[[Sequence[RequestTimes]], None] = lambda _: None,
 ) -> Row:
     """Start an engine, put the load on it, stop it.
 
@@ -84,6 +86,7 @@ async def measure(
         mode: what the row calls this configuration.
         requests_per_s: the rate at which `items` arrive; 0: all at once.
         limit_s: when the load is cut off; None: all requests are answered.
+        on_end: told of the requests as clients saw them.
     """
     began_s = time.perf_counter()
     async with Engine(config) as engine:
@@ -101,24 +104,16 @@ async def measure(
         spent = _spent(engine.stats(), before)
         kv_bytes = before.device_blocks * before.block_bytes
     thaw()
+    on_end(load.requests)
     iterations = max(1, spent.iterations)
     mean_s = (spent.compute_s + spent.stall_s) / iterations
     link = spent.h2d_bytes / spent.h2d_busy_s if spent.h2d_busy_s else 0.0
-    summary = summarize(load.requests, duration_s=load.duration_s)
-    ttft, tpot = summary.ttft_s, summary.tpot_s
-    done = [request for request in load.requests if request.is_complete]
-    normalized = sorted(request.e2e_s / max(1, request.output_tokens) for request in done)
     return Row(
         model=config.model,
         workload=workload,
-        requests=len(done),
-        sent=len(load.requests),
         requests_per_s=requests_per_s,
         kv_bytes=config.device_kv_bytes or kv_bytes,
         mode=mode,
-        output_tokens_per_s=sum(r.output_tokens for r in load.requests) / load.duration_s,
-        steady_tokens_per_s=_steady(load.requests),
-        duration_s=load.duration_s,
         iterations=iterations,
         mean_iteration_s=mean_s,
         compute_s=spent.compute_s,
@@ -131,15 +126,36 @@ async def measure(
         link_busy_share=spent.h2d_busy_s / load.duration_s,
         mean_streamed_blocks=mean_streamed,
         expansion_bound=1 + link * mean_s / (config.device_kv_bytes or kv_bytes),
-        normalized_p50_s=percentile(normalized, 50) if normalized else 0.0,
-        normalized_p99_s=percentile(normalized, 99) if normalized else 0.0,
-        ttft_p50_s=ttft.p50 if ttft else 0.0,
-        ttft_p99_s=ttft.p99 if ttft else 0.0,
-        ttft_max_s=ttft.max if ttft else 0.0,
-        tpot_p50_s=tpot.p50 if tpot else 0.0,
-        tpot_p99_s=tpot.p99 if tpot else 0.0,
-        longest_gap_s=max((gap for r in load.requests for gap in r.itl_s), default=0.0),
+        **seen_by_clients(load.requests, load.duration_s),
     )
+
+
+def seen_by_clients(requests: Sequence[RequestTimes], duration_s: float) -> dict[str, Any]:
+    """The fields of a row that any engine's clients can tell.
+
+    Args:
+        requests: all that were sent.
+        duration_s: of the load.
+    """
+    summary = summarize(requests, duration_s=duration_s)
+    ttft, tpot = summary.ttft_s, summary.tpot_s
+    done = [request for request in requests if request.is_complete]
+    normalized = sorted(request.e2e_s / max(1, request.output_tokens) for request in done)
+    return {
+        "requests": len(done),
+        "sent": len(requests),
+        "output_tokens_per_s": sum(r.output_tokens for r in requests) / duration_s,
+        "steady_tokens_per_s": _steady(requests),
+        "duration_s": duration_s,
+        "normalized_p50_s": percentile(normalized, 50) if normalized else 0.0,
+        "normalized_p99_s": percentile(normalized, 99) if normalized else 0.0,
+        "ttft_p50_s": ttft.p50 if ttft else 0.0,
+        "ttft_p99_s": ttft.p99 if ttft else 0.0,
+        "ttft_max_s": ttft.max if ttft else 0.0,
+        "tpot_p50_s": tpot.p50 if tpot else 0.0,
+        "tpot_p99_s": tpot.p99 if tpot else 0.0,
+        "longest_gap_s": max((gap for r in requests for gap in r.itl_s), default=0.0),
+    }
 
 
 class _Load:

@@ -21,7 +21,7 @@ from pie_async.config import EngineConfig, parse_size
 from pie_async.device.cost_model import ModelShape, gpu_named, shape_named
 from pie_async.workload import WorkItem
 from scripts.paper.load import Row, measure
-from scripts.paper.options import engine_config, loop_of, parser_of
+from scripts.paper.options import Budget, add_budget, engine_config, loop_of, parser_of
 from scripts.paper.results import Results, replot
 
 MODES = ("resident", "pooled")
@@ -53,10 +53,14 @@ def main() -> None:
     facts = {"seed": given.seed, "settings": given.set, "times": given.times}
     results = Results(given.name, given.results, facts, draw)
     runs = [(requests, mode) for requests in given.requests for mode in given.modes]
+    budget = Budget(given.budget)
     with loop_of(given) as runner:
         for count, (requests, mode) in enumerate(runs, start=1):
+            if not budget.allows(f"{requests} requests, {mode}"):
+                continue
             print(f"[{requests} requests, {mode}: {count} of {len(runs)}]", flush=True)
             results.add(runner.run(_run(given, requests, mode)))
+    budget.tell()
     results.finish()
 
 
@@ -144,6 +148,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--output", type=int, default=64, help="tokens")
     add("--card", default="h200", help="whose memory's rate the bound takes")
     add("--seconds", type=float, help="cut a run off")
+    add_budget(parser)
     return parser
 
 

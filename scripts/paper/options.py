@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,32 @@ def parser_of(description: str | None, *, name: str) -> argparse.ArgumentParser:
     add("--results", type=Path, default=RESULTS)
     add("--plot-only", action="store_true", help="draw what --results holds")
     return parser
+
+
+class Budget:
+    """Seconds after which no new row is begun; begins to count where it is made."""
+
+    def __init__(self, seconds: float | None) -> None:
+        self._seconds = seconds
+        self._began_s = time.monotonic()
+        self.left_out: list[str] = []
+
+    def allows(self, row: str) -> bool:
+        """Whether this row may begin; if not it is kept for `tell`."""
+        is_over = self._seconds is not None and time.monotonic() - self._began_s >= self._seconds
+        if is_over:
+            self.left_out.append(row)
+        return not is_over
+
+    def tell(self) -> None:
+        """Name what was left out."""
+        if self.left_out:
+            print(f"left out, --budget is spent: {'; '.join(self.left_out)}", flush=True)
+
+
+def add_budget(parser: argparse.ArgumentParser) -> None:
+    """The option that `Budget` takes."""
+    parser.add_argument("--budget", type=float, help="seconds after which no new row is begun")
 
 
 def engine_config(given: argparse.Namespace, kv_bytes: int, **fields: Any) -> EngineConfig:

@@ -8,21 +8,42 @@ saturating rate. `--shares` are shares of the rate that saturates `off`, for all
 process (a trace also at its own times, scaled: `--arrivals trace`) and all of them are answered,
 so that no slow one is missing from a percentile; `--limit` cuts a run off nevertheless. What it
 comes to, latency where `off` saturates and overload against saturation, is printed at the end.
+
+`--off-rate` gives the rate that saturates `off`, one per workload, from an earlier run; `off` is
+then not run all at once again. `vllm` and `vllm-offload` need --vllm; each runs all its rows in one
+process, after our own modes.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from pie_async.config import parse_size
+from pie_async.workload import WorkItem
+from scripts._bench_gpu.peers import PeerFailed
 from scripts.paper.load import Row, measure
-from scripts.paper.options import MODES, engine_config, loop_of, parser_of, requests_of
+from scripts.paper.options import (
+    MODES,
+    Budget,
+    add_budget,
+    engine_config,
+    loop_of,
+    parser_of,
+    requests_of,
+)
 from scripts.paper.results import Results, replot
+from scripts.paper.vllm_peer import (
+    VLLM_MODES,
+    add_vllm,
+    check_vllm,
+    measure_vllm,
+    vllm_running,
+)
 
 SHARES = (0.5, 0.7, 0.85, 1.0, 1.15)
 OWN_SHARES = (1.0, 3.0)
@@ -40,7 +61,11 @@ class Point(Row, frozen=True, kw_only=True):
 
 def main() -> None:
     """Run every workload, or draw what was measured."""
-    given = _parser().parse_args()
+    parser = _parser()
+    given = parser.parse_args()
+    check_vllm(parser, given)
+    if given.off_rate and len(given.off_rate) != len(given.workload):
+        parser.error("--off-rate needs one rate for each --workload")
     if given.plot_only:
         replot(given.name, given.results, Point, draw)
         return
@@ -52,52 +77,129 @@ def main() -> None:
         points.append(point)
         results.add(point)
 
+    saturating = dict(zip(given.workload, given.off_rate, strict=True)) if given.off_rate else {}
+    run = _Run(given, Budget(given.budget), add, saturating)
+    own = [mode for mode in given.modes if mode not in VLLM_MODES]
     with loop_of(given) as runner:
         for workload in given.workload:
-            _workload(given, workload, add, runner.run)
+            run.workload(workload, own, lambda *load: runner.run(_measured(given, *load)))
+    for mode in given.modes:
+        if mode in VLLM_MODES and run.budget.allows(mode):
+            _vllm(given, run, mode)
+    run.budget.tell()
     for line in summary(points):
         print(line)
     results.finish()
 
 
-def _workload(
-    given: argparse.Namespace,
-    workload: str,
-    add: Callable[[Point], None],
-    run: Callable[[Any], Row],
-) -> None:
-    saturating: dict[str, float] = {}
-    at_once = requests_of(given, workload, given.saturating_requests)
-    mean_output = sum(item.output_tokens for item in at_once) / len(at_once)
-    for mode in dict.fromkeys(["off", *given.modes]):
-        row = run(_run(given, workload, mode, given.saturating_requests, None))
-        if not row.steady_tokens_per_s:
-            raise SystemExit(f"{mode} put out next to nothing: raise --saturating-seconds")
-        saturating[mode] = row.steady_tokens_per_s / mean_output
-        add(_point(row, 0.0, 0.0))
-    for mode in given.modes:
-        rates = {share * saturating["off"] for share in given.shares}
-        rates |= {share * saturating[mode] for share in given.own}
+Measured = Callable[[str, str, int, float | None], Row]
+"""Workload, mode, requests, rate or all at once."""
+
+
+class _Run:
+    """All rates of some modes; what saturates `off` is kept between them."""
+
+    def __init__(
+        self,
+        given: argparse.Namespace,
+        budget: Budget,
+        add: Callable[[Point], None],
+        off_saturates: dict[str, float],
+    ) -> None:
+        self.budget = budget
+        self._given = given
+        self._add = add
+        self._off = off_saturates
+
+    @property
+    def known(self) -> Collection[str]:
+        """Workloads of which it is known what saturates `off`."""
+        return list(self._off)
+
+    def workload(self, workload: str, modes: Sequence[str], run: Measured) -> None:
+        """All at once first, then every rate."""
+        given = self._given
+        at_once = requests_of(given, workload, given.saturating_requests)
+        mean_output = sum(item.output_tokens for item in at_once) / len(at_once)
+        saturating: dict[str, float] = {}
+        off_first = [] if workload in self._off else ["off"]
+        for mode in dict.fromkeys([*off_first, *modes]):
+            if mode == "off" and workload in self._off:
+                saturating[mode] = self._off[workload]
+                continue
+            needed = mode == "off" or given.own
+            if not needed or not self.budget.allows(f"{workload} {mode} all at once"):
+                continue
+            row = run(workload, mode, given.saturating_requests, None)
+            if not row.steady_tokens_per_s:
+                raise SystemExit(f"{mode} put out next to nothing: raise --saturating-seconds")
+            saturating[mode] = row.steady_tokens_per_s / mean_output
+            self._add(_point(row, 0.0, 0.0))
+        if "off" in saturating:
+            self._off[workload] = saturating["off"]
+            print(f"[{workload}: --off-rate {self._off[workload]:.4f}]", flush=True)
+        for mode in modes:
+            self._rates(workload, mode, saturating.get(mode), run)
+
+    def _rates(self, workload: str, mode: str, own: float | None, run: Measured) -> None:
+        given = self._given
+        if (off := self._off.get(workload)) is None:
+            return  # named as left out already
+        rates = {share * off for share in given.shares}
+        if own is not None:
+            rates |= {share * own for share in given.own}
         for count, rate in enumerate(sorted(rates), start=1):
+            if not self.budget.allows(f"{workload} {mode} {rate:.3f}/s"):
+                continue
             print(f"[{workload}, {mode}: rate {count} of {len(rates)}]", flush=True)
             requests = max(FEWEST_REQUESTS, round(rate * given.seconds))
-            row = run(_run(given, workload, mode, requests, rate))
-            add(_point(row, rate / saturating["off"], rate / saturating[mode]))
+            row = run(workload, mode, requests, rate)
+            self._add(_point(row, rate / off, rate / own if own else 0.0))
 
 
-async def _run(
+def _vllm(given: argparse.Namespace, run: _Run, mode: str) -> None:
+    """A peer that fails costs what it had still to do."""
+    config = engine_config(given, parse_size(given.kv, option="--kv"))
+    try:
+        with vllm_running(given, config, mode) as peer:
+
+            def measured(workload: str, mode: str, requests: int, rate: float | None) -> Row:
+                return measure_vllm(
+                    peer, given, config, _items(given, workload, requests, rate), mode=mode,
+                    workload=workload, requests_per_s=rate or 0.0, limit_s=_limit_s(given, rate),
+                )  # fmt: skip
+
+            for workload in given.workload:
+                if workload in run.known:
+                    run.workload(workload, [mode], measured)
+    except PeerFailed as failure:
+        print(f"{mode}: {failure}", flush=True)
+
+
+async def _measured(
     given: argparse.Namespace, workload: str, mode: str, requests: int, rate: float | None
 ) -> Row:
-    as_traced = given.arrivals == "trace"
     return await measure(
         engine_config(given, parse_size(given.kv, option="--kv"), **MODES[mode]),
-        requests_of(given, workload, requests, rate=rate, as_traced=as_traced),
+        _items(given, workload, requests, rate),
         mode=mode,
         workload=workload,
         requests_per_s=rate or 0.0,
         seed=given.seed,
-        limit_s=given.limit if rate else given.saturating_seconds,
+        limit_s=_limit_s(given, rate),
     )
+
+
+def _items(
+    given: argparse.Namespace, workload: str, requests: int, rate: float | None
+) -> list[WorkItem]:
+    as_traced = given.arrivals == "trace"
+    return requests_of(given, workload, requests, rate=rate, as_traced=as_traced)
+
+
+def _limit_s(given: argparse.Namespace, rate: float | None) -> float | None:
+    limit: float | None = given.limit if rate else given.saturating_seconds
+    return limit
 
 
 def _point(row: Row, off_share: float, own_share: float) -> Point:
@@ -166,7 +268,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = parser_of(__doc__, name="rates")
     add = parser.add_argument
     add("--kv", default="4GiB")
-    add("--modes", nargs="+", default=list(MODES), choices=list(MODES))
+    add("--modes", nargs="+", default=list(MODES), choices=[*MODES, *VLLM_MODES])
     add("--workload", nargs="+", default=["sharegpt-like"], help="or an Azure trace's CSV file")
     add("--shares", nargs="*", type=float, default=list(SHARES), help="of what saturates off")
     add("--own", nargs="*", type=float, default=list(OWN_SHARES), help="of what saturates the mode")
@@ -175,6 +277,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--limit", type=float, help="seconds after which a run is cut off")
     add("--saturating-requests", type=int, default=2000)
     add("--saturating-seconds", type=float, default=90.0)
+    add("--off-rate", nargs="+", type=float, help="requests/s that saturate off, by workload")
+    add_budget(parser)
+    add_vllm(parser)
     return parser
 
 

@@ -28,6 +28,7 @@ from pie_async.metrics import EngineStats
 from pie_async.request_stream import RequestStream
 from scripts._bench_gpu.breakdown import Breakdown, profiled
 from scripts._bench_gpu.host_time import HostTime
+from scripts.paper.options import Budget, add_budget
 from scripts.paper.results import RESULTS, Results, freeze, replot, thaw
 
 SHARES = (0.2, 0.4, 0.6, 0.8, 0.95, 1.1)
@@ -95,9 +96,12 @@ def main() -> None:
         return
     facts = {"seed": given.seed, "iterations": given.iterations, "settings": given.set}
     results = Results(given.name, given.results, facts, draw)
+    budget = Budget(given.budget)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         for batch, context in zip(given.batch, given.context, strict=True):
-            runner.run(_measure(given, results, batch, context))
+            if budget.allows(f"batch {batch}"):
+                runner.run(_measure(given, results, batch, context))
+    budget.tell()
     results.finish()
 
 
@@ -311,6 +315,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--name", default="transparency", help="of the files under --results")
     add("--results", type=Path, default=RESULTS)
     add("--plot-only", action="store_true", help="draw what --results holds")
+    add_budget(parser)
     return parser
 
 

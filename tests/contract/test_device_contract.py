@@ -52,6 +52,18 @@ def in_staging(device: Device, count: int) -> tuple[TableUpdate, tuple[CopyRun, 
     return TableUpdate(0, 0, tuple(range(first, first + count))), (CopyRun(3, first, count),)
 
 
+async def resized(device: Device, *sizes: int) -> None:
+    """Make the host pool so large, one size after the other."""
+    if not device.memory.chunk_slots:
+        pytest.skip("this pool keeps its memory")
+    told: asyncio.Queue[int] = asyncio.Queue()
+    device.watch_pool(lambda slots, _: told.put_nowait(slots))
+    for slots in sizes:
+        device.resize_pool(slots)
+        while await asyncio.wait_for(told.get(), 10) != slots:
+            pass
+
+
 class DeviceContract:
     """The promises; a subclass says which device."""
 
@@ -237,6 +249,34 @@ class DeviceContract:
             with pytest.raises(DeviceFault, match="broken by the test"):
                 await fired(device, event)
         await device.drain()  # never raises
+
+    async def test_a_copy_of_a_slot_whose_memory_was_given_back_fails(self, rig: Rig):
+        device = rig.device
+        await resized(device, device.memory.host_slots, device.memory.chunk_slots)
+
+        def promote() -> Event:
+            device.promote(moves((20,), (device.memory.chunk_slots,)))
+            return device.h2d.record()
+
+        with pytest.raises(DeviceFault, match=r"host pool|the pool has memory"):
+            await fired(device, await issue(device, promote))
+
+    async def test_a_pool_grown_again_holds_blocks_and_kept_the_others(self, rig: Rig):
+        device = rig.device
+        chunk, most = device.memory.chunk_slots, device.memory.host_slots
+        await resized(device, most)
+        await ran(device, prefill(0, PROMPT, (0, 1, 2)))
+        before = [rig.contents(slot) for slot in (0, 1)]
+        await demoted(device, (0,), (1,))
+        await resized(device, chunk, most)
+        await demoted(device, (1,), (most - 1,))
+
+        def promote() -> Event:
+            device.promote(moves((20, 9), (1, most - 1)))
+            return device.h2d.record()
+
+        await fired(device, await issue(device, promote))
+        assert [rig.contents(slot) for slot in (20, 9)] == before
 
     async def test_close_ends_the_devices_threads(self, tmp_path):
         rig = self.build(tmp_path)

@@ -83,8 +83,28 @@ def test_giving_a_slot_back_twice_is_caught():
 def test_a_pool_grows_and_its_new_slots_are_free():
     pool = SlotPool("test", 1, first=5)
     assert pool.take() == 5
-    pool.grow(3)
+    pool.resize(3)
     assert (pool.size, pool.num_free) == (3, 2)
     assert [pool.take(is_highest=True), pool.take(), pool.take()] == [7, 6, None]
-    pool.grow(2)
-    assert pool.size == 3, "never fewer"
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from(["take", "take_high", "give", "size"]), st.integers(0, 6)))
+)
+def test_a_pool_of_changing_size_hands_out_its_own_free_slots_alone(steps):
+    pool, held = SlotPool("test", 4), set()
+    for what, number in steps:
+        free = set(range(pool.size)) - held
+        if what == "size":
+            pool.resize(number)
+        elif what == "give" and number in held:
+            pool.give_back(number)
+            held.remove(number)
+        elif what.startswith("take"):
+            is_highest = what == "take_high"
+            slot = pool.take(is_highest=is_highest)
+            assert slot == ((max if is_highest else min)(free) if free else None)
+            held |= {slot} - {None}
+        assert pool.num_free == len(set(range(pool.size)) - held)
+        assert pool.num_retiring == sum(slot >= pool.size for slot in held)
+        assert (pool.num_used, pool.end_used) == (len(held), max(held, default=-1) + 1)

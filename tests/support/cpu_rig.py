@@ -12,7 +12,15 @@ from pie_async.errors import DeviceFault
 from pie_async.model.config import read_config
 from pie_async.model.decoder import Decoder
 from pie_async.model.runner import ModelRunner
-from support.device_rigs import DEVICE_SLOTS, HOST_SLOTS, LAYOUT, SHAPE, SLOW_LINK_BYTES_PER_S, Rig
+from support.device_rigs import (
+    CHUNK_SLOTS,
+    DEVICE_SLOTS,
+    HOST_SLOTS,
+    LAYOUT,
+    SHAPE,
+    SLOW_LINK_BYTES_PER_S,
+    Rig,
+)
 
 
 def cpu_rig(directory: Path) -> Rig:
@@ -23,6 +31,7 @@ def cpu_rig(directory: Path) -> Rig:
         host_slots=HOST_SLOTS,
         dtype=torch.float32,
         link_bytes_per_s=SLOW_LINK_BYTES_PER_S,
+        chunk_slots=CHUNK_SLOTS,
     )
     device.load(
         ModelRunner(

@@ -16,6 +16,8 @@ from pie_async.errors import DeviceFault
 
 LAYOUT = KvLayout(num_layers=5, block_tokens=4, kv_heads=2, head_dim=8, item_bytes=4, ring_depth=2)
 DEVICE_SLOTS, HOST_SLOTS, VOCAB = 32, 16, 64
+CHUNK_SLOTS = 5
+"""So few that the host pool has several chunks."""
 SLOW_LINK_BYTES_PER_S = 2e6
 """A block of all layers takes a millisecond, longer than any tiny kernel."""
 
@@ -63,6 +65,7 @@ def sim_device(
             staging_slots=HOST_SLOTS,
             host_slots=HOST_SLOTS,
             first_host_slots=HOST_SLOTS,
+            chunk_slots=CHUNK_SLOTS,
         ),
         cost=CostModel(gpu=gpu_named("h200"), link=link, shape=shape),
         seed=seed,

@@ -245,7 +245,7 @@ class FakeDriver:
         return address
 
     def unpin(self, address: int) -> None:
-        del self.pinned[address]
+        self._pinnable_bytes += len(self.pinned.pop(address))
 
     @property
     def gpu_count(self) -> int:
