@@ -71,6 +71,9 @@ class CardMemory:
 
     def __init__(self, driver: Driver, gpu_memory: str | float) -> None:
         self._driver = driver
+        # What torch keeps of an engine before this one would count as somebody else's, and be
+        # promised to the arena as soon as it is given back.
+        driver.trim()
         driver.limit_torch(driver.total_bytes())  # an engine before this one may have set less
         self._torch_bytes = driver.torch_bytes()
         self._card = Card(total_bytes=driver.total_bytes(), free_bytes=driver.free_bytes())

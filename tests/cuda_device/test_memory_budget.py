@@ -222,6 +222,25 @@ def test_a_runner_is_profiled_and_the_arena_takes_what_is_left():
     driver.close()
 
 
+def test_what_torch_keeps_of_an_engine_before_is_not_given_out_twice():
+    driver = CountingDriver(memory_bytes=4 * GIB)
+    driver.torch_holds(2 * GIB)
+    memory = CardMemory(driver, "3GiB")
+    driver.weight_bytes = GIB
+    shares = memory.plan(
+        lambda layers: StandInRunner(driver, 16 * MIB, 1000),
+        LAYOUT,
+        torch.float32,
+        device_slots=None,
+        staging_slots=0,
+        token_budget=512,
+        decode_rows=64,
+    )
+    assert shares.weight_bytes == GIB
+    assert shares.arena_bytes < 2 * GIB
+    driver.close()
+
+
 def test_an_iteration_that_does_not_fit_under_the_cap_is_an_error_of_the_configuration():
     class TooLarge(StandInRunner):
         def profile(self, num_tokens: int, sampling: SamplingParams) -> int:
