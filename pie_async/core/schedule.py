@@ -173,12 +173,14 @@ class Schedule:
         self.awaits_pool = told(grown.slots, is_all=grown.is_all)
         if grown.longest is None:
             return []
-        too_long = []
+        too_long, full = [], []
         for seq in self.sequences.values():
             seq.max_tokens = min(seq.max_tokens, grown.longest - seq.prompt_len)
             if seq.max_tokens < 1:
                 too_long.append(seq.id)
-        return self.cancel(too_long, "abort")
+            elif seq.num_outputs >= seq.max_tokens:
+                full.append(seq.id)
+        return self.cancel(too_long, "abort") + self.cancel(full, "length")
 
     def settle(
         self, iteration: IterationId, sampled: Iterable[SampledToken]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +21,18 @@ Locations = npt.NDArray[np.int64]
 Clock = tuple[int, ...]
 
 _REMEMBERED_OPERATIONS = 1 << 14
+
+
+class _Operation(NamedTuple):
+    label: str
+    span_s: tuple[float, float] | None
+
+    @property
+    def when(self) -> str:
+        if self.span_s is None:
+            return "at an unknown time"
+        begin_s, end_s = self.span_s
+        return f"from {begin_s:.9f} to {end_s:.9f} s"
 
 
 class UnorderedAccess(DeviceFault):
@@ -42,17 +55,17 @@ class HappensBefore:
         self._describe = describe
         self._host = [0] * count
         self._clocks = np.zeros((count, count), np.int64)
-        self._labels: list[deque[str]] = [
+        self._operations: list[deque[_Operation]] = [
             deque(maxlen=_REMEMBERED_OPERATIONS) for _ in range(count)
         ]
         self._writer = np.zeros(num_locations, np.int8)
         self._write_epoch = np.zeros(num_locations, np.int64)
         self._read_epochs = np.zeros((count, num_locations), np.int64)
 
-    def begin(self, stream: int, label: str) -> None:
-        """Start an operation of this stream; `label` names it in errors."""
+    def begin(self, stream: int, label: str, span_s: tuple[float, float] | None = None) -> None:
+        """Start an operation of this stream; errors name it, and when it began and ended."""
         self._clocks[stream, stream] += 1
-        self._labels[stream].append(label)
+        self._operations[stream].append(_Operation(label, span_s))
 
     def read(self, stream: int, locations: Locations) -> None:
         """The operation begun last on this stream reads these locations.
@@ -108,17 +121,19 @@ class HappensBefore:
     def _report(
         self, stream: int, does: str, location: int, other: int, did: str, epoch: int
     ) -> None:
-        now = int(self._clocks[stream, stream])
+        late = self._operation(stream, int(self._clocks[stream, stream]))
+        early = self._operation(other, epoch)
+        here, there = self._streams[stream], self._streams[other]
         raise UnorderedAccess(
-            f"{self._label(stream, now)} {does} {self._describe(location)}, which "
-            f"{self._label(other, epoch)} {did}, and no event orders the two; let "
-            f"{self._streams[stream]} wait for an event that {self._streams[other]} records "
-            "after its access"
+            f"{here}: {late.label} {does} {self._describe(location)}, which {there}: "
+            f"{early.label} {did}, and no event orders the two; let {here} wait for an event "
+            f"that {there} records after its access ({there} {early.when}, {here} {late.when})"
         )
 
-    def _label(self, stream: int, epoch: int) -> str:
-        """The name of a stream's operation, unless it was too long ago."""
-        labels = self._labels[stream]
-        index = epoch - 1 - (int(self._clocks[stream, stream]) - len(labels))
-        label = labels[index] if index >= 0 else f"an operation {-index} before the oldest kept"
-        return f"{self._streams[stream]}: {label}"
+    def _operation(self, stream: int, epoch: int) -> _Operation:
+        """A stream's operation, unless it was too long ago."""
+        kept = self._operations[stream]
+        index = epoch - 1 - (int(self._clocks[stream, stream]) - len(kept))
+        if index < 0:
+            return _Operation(f"an operation {-index} before the oldest kept", None)
+        return kept[index]

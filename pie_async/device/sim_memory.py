@@ -133,7 +133,9 @@ class SimMemory:
     def begin(self, operation: Operation) -> None:
         """Start an operation; its reads and writes follow."""
         if self.order is not None:
-            self.order.begin(operation.stream, operation.label)
+            self.order.begin(
+                operation.stream, operation.label, (operation.start_s, operation.end_s)
+            )
 
     def read(self, operation: Operation, locations: Locations) -> Locations:
         """Read; returns the tags found by virtual time, whatever they are.

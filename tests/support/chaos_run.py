@@ -1,0 +1,189 @@
+"""Runs the whole engine through what a seed drew, and checks what must hold at the end."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+from unittest import mock
+
+import pie_async.engine
+from pie_async.assembly import Parts, assemble
+from pie_async.engine import Engine
+from pie_async.errors import EngineStopped, InvalidRequest, Overloaded, PieError
+from pie_async.metrics import EngineStats
+from pie_async.request_stream import RequestStream
+from pie_async.runtime.virtual_time import VirtualTimeLoop
+from tests.support.chaos import Chaos, Client, describe, spread
+from tests.support.chaos_checks import Seen, check_outputs, check_returned
+from tests.support.chaos_world import delay_mail, vary_times, withhold_pool
+from tests.support.soak import BLOCK_BYTES, PATIENCE_S, keep_whole_story
+
+
+class ChaosFailed(AssertionError):
+    """A seed ended wrongly; names the command that replays it."""
+
+
+@dataclass
+class Outcome:
+    """What came of a seed."""
+
+    virtual_s: float = 0.0
+    messages: int = 0
+    stats: EngineStats = field(default_factory=EngineStats)
+    endings: dict[str, int] = field(default_factory=dict)
+    """How many outputs ended how: a finish reason, or the name of an error."""
+    story: bytes = b""
+    """Every message handled, and what every client saw."""
+
+    @property
+    def digest(self) -> str:
+        return hashlib.sha256(self.story).hexdigest()
+
+
+def run(seed: int, *, change: Callable[[Engine], None] | None = None) -> Outcome:
+    """Run a seed on virtual time.
+
+    Args:
+        change: done to the engine once it has started, for tests of this.
+
+    Raises:
+        ChaosFailed: tokens are wrong or missing, something was not returned, the engine
+            stopped, or it did not end.
+    """
+    chaos = Chaos.of(seed)
+    engine = _engine(chaos)
+    with asyncio.Runner(
+        loop_factory=partial(VirtualTimeLoop, order_seed=chaos.seed, deadlock_after_s=2.0)
+    ) as runner:
+        try:
+            return runner.run(_run(engine, chaos, change))
+        except (Exception, ExceptionGroup) as error:
+            last = engine.story.tell(last=12) if engine.story is not None else ""
+            raise ChaosFailed(
+                f"seed {seed}: {_first(error)!r}\nreplay it with: scripts/chaos --seed {seed}\n"
+                f"{describe(chaos)}\nwhat happened last:\n{last}"
+            ) from error
+
+
+def _first(error: BaseException) -> BaseException:
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
+
+
+def _engine(chaos: Chaos) -> Engine:
+    return Engine(
+        device="sim",
+        model="tiny",
+        debug=True,
+        device_kv_bytes=chaos.device_blocks * BLOCK_BYTES,
+        host_pool_bytes=chaos.host_blocks * BLOCK_BYTES,
+        **chaos.options,
+    )
+
+
+async def _run(engine: Engine, chaos: Chaos, change: Callable[[Engine], None] | None) -> Outcome:
+    loop = asyncio.get_running_loop()
+
+    def assemble_chaos(config: Any, *, progress: Any = None) -> Parts:
+        return withhold_pool(assemble(config, progress=progress), chaos.pool)
+
+    with mock.patch.object(pie_async.engine, "assemble", assemble_chaos):
+        await engine.start()
+    vary_times(engine, chaos, spread)
+    delay_mail(engine, chaos)
+    keep_whole_story(engine)
+    if change is not None:
+        change(engine)
+    outcome = Outcome()
+    seen = [[Seen() for _ in range(client.params.n)] for client in chaos.clients]
+    async with asyncio.timeout(PATIENCE_S):
+        async with asyncio.TaskGroup() as group:
+            for number, client in enumerate(chaos.clients):
+                group.create_task(_client(engine, number, client, seen[number]))
+            if chaos.closes_at_s is not None:
+                await asyncio.sleep(chaos.closes_at_s)
+                await engine.aclose(drain_s=chaos.drain_s)
+        if chaos.closes_at_s is None:
+            await engine.drain()
+    outcome.virtual_s = loop.time()
+    outcome.stats = engine.stats()
+    check_returned(engine)
+    await engine.aclose()
+    rest = asyncio.all_tasks() - {asyncio.current_task()}
+    assert not rest, f"tasks left: {rest}"
+    if engine._failure is not None:
+        raise engine._failure
+    for client, outputs in zip(chaos.clients, seen, strict=True):
+        check_outputs(engine, chaos, client, outputs)
+        for output in outputs:
+            outcome.endings[str(output.end)] = outcome.endings.get(str(output.end), 0) + 1
+    assert engine.story is not None
+    outcome.messages = len(engine.story)
+    clients = repr([[(out.tokens, out.text, out.end) for out in outs] for outs in seen])
+    outcome.story = engine.story.to_bytes() + clients.encode()
+    return outcome
+
+
+# --- clients ----------------------------------------------------------------------------------
+
+
+async def _client(engine: Engine, number: int, client: Client, seen: list[Seen]) -> None:
+    await asyncio.sleep(client.at_s)
+    name = f"client-{number}"
+    try:
+        stream = await engine.submit(
+            client.prompt,
+            client.params,
+            request_id=name,
+            priority=client.priority,
+            cache_salt=client.cache_salt,
+        )
+    except (Overloaded, EngineStopped, InvalidRequest) as refusal:
+        if isinstance(refusal, EngineStopped) and engine._failure is not None:
+            raise
+        for output in seen:
+            output.end = type(refusal).__name__
+        return
+    if client.manner == "never reads":
+        return
+    reading = asyncio.create_task(_read(stream, client, seen), name=name)
+    if client.manner == "is slow" or client.manner == "reads":
+        await _ended(engine, reading, seen)
+        return
+    await asyncio.wait([reading], timeout=client.patience_s)
+    if client.manner == "cancels":
+        stream.cancel()
+    elif client.manner == "cancels by name":
+        await engine.cancel(name)
+    else:
+        reading.cancel()
+        await asyncio.wait([reading])
+        await stream.aclose()
+        if reading.cancelled():
+            return
+    await _ended(engine, reading, seen)
+
+
+async def _read(stream: RequestStream, client: Client, seen: list[Seen]) -> None:
+    async for output in stream:
+        for out in output.outputs:
+            seen[out.index].tokens += out.token_ids
+            seen[out.index].text += out.text
+            seen[out.index].end = out.finish_reason
+        if client.manner == "is slow":
+            await asyncio.sleep(client.patience_s)
+
+
+async def _ended(engine: Engine, reading: asyncio.Task[None], seen: list[Seen]) -> None:
+    try:
+        await reading
+    except PieError as error:
+        if engine._failure is not None or not isinstance(error, EngineStopped):
+            raise
+        for output in seen:
+            output.end = output.end or "EngineStopped"
