@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import gc
 from collections.abc import AsyncIterator, Coroutine
-from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Any
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from pie_async.config import EngineConfig
 
@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from pie_async.engine import Engine
+    from pie_async.resilience.engine import ResilientEngine
+
+E = TypeVar("E", "Engine", "ResilientEngine")
 
 
 def run_async(main: Coroutine[Any, Any, int]) -> int:
@@ -39,20 +42,24 @@ def messages() -> Console:
     return Console(stderr=True, highlight=False)
 
 
-@asynccontextmanager
-async def started(config: EngineConfig) -> AsyncIterator[Engine]:
-    """A started engine; a bar shows the weights being loaded."""
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
-
+def started(config: EngineConfig) -> AbstractAsyncContextManager[Engine]:
+    """A started engine in this process; a bar shows the weights being loaded."""
     from pie_async.engine import Engine
 
-    engine = Engine(config)
+    return starting(Engine(config))
+
+
+@asynccontextmanager
+async def starting(engine: E) -> AsyncIterator[E]:
+    """The engine, started; a bar shows the weights being loaded."""
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
+
     columns = (TextColumn("loading {task.description}"), BarColumn(), DownloadColumn())
     console = messages()
     with Progress(
         *columns, console=console, transient=True, disable=not console.is_terminal
     ) as bar:
-        task = bar.add_task(config.model, total=None)
+        task = bar.add_task(engine.config.model, total=None)
         await engine.start(
             progress=lambda done, total: bar.update(task, completed=done, total=total)
         )

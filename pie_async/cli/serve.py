@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import asyncio
+import signal
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from pie_async.cli.options import MODEL, size, with_engine_flags
 from pie_async.cli.plan import memory_plan, memory_warning, plan_lines
-from pie_async.cli.running import messages, run_async, started
+from pie_async.cli.running import messages, run_async, started, starting
 from pie_async.config import BUILTIN_MODEL, EngineConfig
 from pie_async.errors import ConfigError
+
+if TYPE_CHECKING:
+    from pie_async.engine import Engine
+    from pie_async.resilience.engine import ResilientEngine
 
 _PANEL = "Server"
 
@@ -50,6 +57,11 @@ def serve(
         typer.Option(min=0.0, metavar="SECONDS", rich_help_panel=_PANEL,
                      help="How long requests may go on after a signal to stop."),
     ] = 30.0,
+    in_process: Annotated[
+        bool,
+        typer.Option("--in-process", rich_help_panel=_PANEL,
+                     help="Run the engine in the server's own process; nothing restarts it."),
+    ] = False,
     engine: EngineConfig,
 ) -> int:  # fmt: skip
     """Serve MODEL over OpenAI's API; without one, the small built-in model.
@@ -68,7 +80,8 @@ def serve(
     async def main() -> int:
         from pie_async.api.server import serve as serve_http
 
-        async with started(engine) as running:
+        engine_runs = started(engine) if in_process else _apart(engine)
+        async with engine_runs as running:
             await serve_http(
                 running,
                 host,
@@ -82,6 +95,27 @@ def serve(
         return 0
 
     return run_async(main())
+
+
+@asynccontextmanager
+async def _apart(config: EngineConfig) -> AsyncIterator[Engine | ResilientEngine]:
+    """An engine in a process of its own. When it is given up, the server ends as on a signal, and
+    its failure is raised."""
+    from pie_async.resilience.engine import ResilientEngine
+
+    async with starting(ResilientEngine(config)) as running:
+
+        async def stop_when_failed() -> None:
+            await running.failed()
+            signal.raise_signal(signal.SIGTERM)
+
+        watch = asyncio.create_task(stop_when_failed())
+        try:
+            yield running
+        finally:
+            watch.cancel()
+        if running.failure is not None:
+            raise running.failure
 
 
 def _announcer(name: str) -> Callable[[str], None]:

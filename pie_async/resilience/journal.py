@@ -1,0 +1,188 @@
+"""The requests that are not finished: what was asked, what came, and who may have killed whom."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator
+
+from pie_async.errors import PieError
+from pie_async.ids import RequestId, SequenceId
+from pie_async.messages import Advance, SequencesAdvanced, Submit
+from pie_async.request_stream import RequestStream
+from pie_async.resilience.errors import RequestGivenUp
+from pie_async.resilience.replay import Course
+
+SUSPECT_DEATHS = 2
+"""After so many deaths in a row a request is tried alone; `most_deaths` end it."""
+NEAR_TOKENS = 2
+"""Two deaths so close in a sequence's output are deaths at the same place: what the engine had
+in flight was lost with it."""
+
+
+class _Entry:
+    """One unfinished request."""
+
+    def __init__(self, stream: RequestStream, first: Submit) -> None:
+        self.stream = stream
+        self.first = first
+        self.courses = {
+            sequence: Course(sequence, index) for index, sequence in enumerate(first.sequences)
+        }
+        self.num_deaths = 0
+        """Deaths in a row that it is blamed for."""
+        self.died_at = 0
+        """Output tokens that it had come to when the engine died last."""
+        self.is_sent = True
+
+    def blame(self) -> None:
+        """The engine died while it had this request."""
+        reached = sum(course.reached for course in self.courses.values())
+        # One that repeats its output has no new token for a while, and is not at the same place.
+        has_moved = abs(reached - self.died_at) > NEAR_TOKENS * len(self.courses)
+        self.num_deaths = 1 if has_moved else self.num_deaths + 1
+        self.died_at = reached
+        self.is_sent = False
+
+
+class Journal:
+    """Hands facts to the streams, and knows what a new engine must be told.
+
+    A death is blamed on every request that the engine had and that got no new token since the
+    death before. One that is blamed for two is a suspect: in the
+    next engine suspects wait, and come in one by one, each when the one before got a token or
+    ended. So the request that kills is found, and the others go on.
+    """
+
+    def __init__(self, *, most_deaths: int, on_finished: Callable[[RequestStream], None]) -> None:
+        """`on_finished` is called with every request that ended or was closed."""
+        self._most_deaths = most_deaths
+        self._on_finished = on_finished
+        self._entries: dict[RequestId, _Entry] = {}
+        self._by_sequence: dict[SequenceId, _Entry] = {}
+        self._suspects: deque[RequestId] = deque()
+        self._on_trial: RequestId | None = None
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    @property
+    def streams(self) -> list[RequestStream]:
+        return [entry.stream for entry in self._entries.values()]
+
+    # --- while an engine runs ---------------------------------------------------------------
+
+    def open(self, stream: RequestStream, first: Submit) -> None:
+        """A request is about to be submitted."""
+        entry = self._entries[first.request] = _Entry(stream, first)
+        for sequence in first.sequences:
+            self._by_sequence[sequence] = entry
+
+    def close(self, stream: RequestStream, *, error: PieError | None = None) -> bool:
+        """End a request here and now: cancelled, or with an error. False if it had ended."""
+        entry = self._entry_of(stream)
+        if entry is None:
+            return False
+        if error is not None:
+            stream.fail(error)
+        else:
+            for sequence in stream.unfinished:
+                stream.push(Advance(sequence, None, "abort"))
+        self._forget(entry)
+        return True
+
+    def take(self, fact: SequencesAdvanced) -> list[SequenceId]:
+        """Hand news to the streams.
+
+        Returns: the sequences whose text reached a stop string, which the engine must end.
+        """
+        for prompt in fact.prompt_logprobs:
+            if prompt.sequence in self._by_sequence:
+                self._by_sequence[prompt.sequence].stream.push_prompt(prompt)
+        stopped: list[SequenceId] = []
+        for advance in fact.advances:
+            # None: cancelled, or stopped while its next token was under way
+            entry = self._by_sequence.get(advance.sequence)
+            if entry is not None:
+                self._take(entry, advance, stopped)
+        return stopped
+
+    def _take(self, entry: _Entry, advance: Advance, stopped: list[SequenceId]) -> None:
+        try:
+            news = entry.courses[advance.sequence].take(advance)
+        except RequestGivenUp as error:
+            stopped += entry.courses
+            self.close(entry.stream, error=error)
+            return
+        if news is None:
+            return
+        entry.num_deaths = 0
+        if self._on_trial == entry.first.request:
+            self._on_trial = None
+        has_stopped = entry.stream.push(news)
+        if has_stopped:
+            stopped.append(advance.sequence)
+        if has_stopped or news.finish_reason is not None:
+            del entry.courses[advance.sequence]
+            del self._by_sequence[advance.sequence]
+            if not entry.courses:
+                self._forget(entry)
+
+    # --- when it has died -------------------------------------------------------------------
+
+    def engine_died(self) -> None:
+        """Blame the requests that it had; those blamed too often end with an error."""
+        self._on_trial = None
+        self._suspects.clear()
+        for entry in list(self._entries.values()):
+            if entry.is_sent:
+                entry.blame()
+            if entry.num_deaths >= self._most_deaths:
+                why = f"the engine died {entry.num_deaths} times while it ran this request"
+                self.close(entry.stream, error=RequestGivenUp(why))
+
+    def resume(self, max_model_len: int) -> Iterator[Submit]:
+        """What a new engine is told first, in the order in which requests came."""
+        for number, entry in list(self._entries.items()):
+            if entry.is_sent or number not in self._entries:
+                continue  # it came, or went, meanwhile
+            if entry.num_deaths >= SUSPECT_DEATHS:
+                self._suspects.append(number)
+            else:
+                yield from self._resume(entry, max_model_len)
+
+    def try_next_suspect(self, max_model_len: int) -> Iterator[Submit]:
+        """What the engine may be told besides, now."""
+        while self._suspects and self._on_trial is None:
+            number = self._suspects.popleft()
+            if number in self._entries:
+                self._on_trial = number
+                yield from self._resume(self._entries[number], max_model_len)
+
+    def _resume(self, entry: _Entry, max_model_len: int) -> Iterator[Submit]:
+        entry.is_sent = True
+        for course in list(entry.courses.values()):
+            if course.sequence not in self._by_sequence:
+                continue  # cancelled meanwhile
+            command = course.resume(entry.first, max_model_len)
+            if command is not None:
+                yield command
+            else:
+                self._take(entry, Advance(course.sequence, None, "length"), [])
+
+    def fail_all(self, error: PieError) -> None:
+        """There will be no engine: every request ends with this error."""
+        for stream in self.streams:
+            self.close(stream, error=error)
+
+    def _entry_of(self, stream: RequestStream) -> _Entry | None:
+        unfinished = stream.unfinished
+        return self._by_sequence.get(unfinished[0]) if unfinished else None
+
+    def _forget(self, entry: _Entry) -> None:
+        number = entry.first.request
+        del self._entries[number]
+        for sequence in entry.courses:
+            del self._by_sequence[sequence]
+        if self._on_trial == number:
+            self._on_trial = None
+        self._on_finished(entry.stream)

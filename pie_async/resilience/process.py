@@ -1,0 +1,148 @@
+"""The front's side of one engine process: from its start to its end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import socket
+import sys
+from pathlib import Path
+
+from pie_async import errors
+from pie_async.config import EngineConfig
+from pie_async.errors import ConfigError, EngineStopped, PieError
+from pie_async.messages import Message
+from pie_async.resilience.wire import Failed, FromEngine, Start, Wire, WireError
+
+WORKER = (
+    "-P",  # nothing is imported from the working directory
+    "-c",
+    "import sys; _, fd, root = sys.argv; root in sys.path or sys.path.insert(0, root)\n"
+    "from pie_async.resilience.worker import main; sys.exit(main(int(fd)))",
+)
+"""The interpreter's arguments; a socket's number and the package's directory follow."""
+LEAVE_S = 10.0
+"""How long a process that was hung up on may take to end; then it is killed."""
+
+
+class EngineProcess:
+    """One process, connected. Never restarted: there is a new one for each life."""
+
+    def __init__(self, process: asyncio.subprocess.Process, wire: Wire[FromEngine]) -> None:
+        self._process = process
+        self._wire = wire
+        self._failed: Failed | None = None
+        self._quiet: str | None = None
+        self._heard = 0
+        """Messages that came."""
+
+    @classmethod
+    async def spawn(cls, config: EngineConfig) -> EngineProcess:
+        """Start one and tell it what to load."""
+        ours, theirs = socket.socketpair()
+        with theirs:
+            try:
+                process = await asyncio.create_subprocess_exec(
+                    sys.executable,
+                    *WORKER,
+                    str(theirs.fileno()),
+                    str(Path(__file__).parents[2]),
+                    stdin=asyncio.subprocess.DEVNULL,
+                    stdout=2,  # standard output is for the front's results
+                    pass_fds=(theirs.fileno(),),
+                    start_new_session=True,  # a terminal's Ctrl-C is the front's to handle
+                )
+            except BaseException:
+                ours.close()
+                raise
+        reader, writer = await asyncio.open_connection(sock=ours)
+        wire: Wire[FromEngine] = Wire(reader, writer, FromEngine)
+        wire.post(Start(config=config))
+        return cls(process, wire)
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def post(self, message: Message) -> None:
+        """Send without waiting; to a dead process nothing is sent."""
+        try:
+            self._wire.post(message)
+        except WireError as error:
+            self.kill(str(error))
+
+    async def send(self, message: Message) -> None:
+        """Send, waiting while much is unread; to a dead process nothing is sent."""
+        try:
+            await self._wire.send(message)
+        except WireError as error:
+            self.kill(str(error))
+
+    async def receive(self) -> FromEngine | None:
+        """The next message; None when the process ended, or said what cannot be."""
+        try:
+            message = await self._wire.receive()
+        except WireError as error:
+            self.kill(str(error))
+            return None
+        self._heard += 1
+        if isinstance(message, Failed):
+            self._failed = message
+        return message
+
+    async def kill_when_silent(self, silence_s: float) -> None:
+        """Kill it once nothing came for so long. Ends only by being cancelled.
+
+        Counted in quarters, so that a front that was stopped itself does not take what it
+        missed for silence.
+        """
+        quarters, heard = 0, -1
+        while quarters < 4:
+            await asyncio.sleep(silence_s / 4)
+            quarters = quarters + 1 if heard == self._heard else 0
+            heard = self._heard
+        self.kill(f"it said nothing for {silence_s:g} s")
+
+    async def buried(self) -> str:
+        """Make sure that it has ended, and say why in a few words."""
+        self._wire.close()
+        if self._process.returncode is None and self._quiet is None:
+            # It hung up; a moment for its own exit status.
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(LEAVE_S):
+                    await self._process.wait()
+        if self._process.returncode is None:
+            self.kill(self._quiet or "it hung up and did not end")
+        status = await self._process.wait()
+        if self._quiet is not None:
+            return self._quiet
+        if self._failed is not None:
+            return self._failed.message
+        return f"signal {_name(-status)}" if status < 0 else f"exit status {status}"
+
+    def refusal(self) -> PieError | None:
+        """The error it ended with, as its own process raised it."""
+        if self._failed is None:
+            return None
+        kind = getattr(errors, self._failed.kind, EngineStopped)
+        if kind is ConfigError:
+            return ConfigError(self._failed.message, option=self._failed.option)
+        if kind is errors.UnsupportedModel:
+            return errors.ModelError(self._failed.message)
+        error = kind(self._failed.message)
+        assert isinstance(error, PieError)
+        return error
+
+    def kill(self, why: str) -> None:
+        """End it at once; `why` is what `buried` will say."""
+        self._quiet = self._quiet or why
+        with contextlib.suppress(ProcessLookupError):
+            self._process.kill()
+
+
+def _name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return str(number)

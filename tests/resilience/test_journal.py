@@ -1,0 +1,202 @@
+"""Unfinished requests: what a new engine is told, and which of them is blamed for a death."""
+
+from __future__ import annotations
+
+import pytest
+
+from pie_async.messages import Advance, SampledToken, SequencesAdvanced, Submit
+from pie_async.request_stream import RequestStream
+from pie_async.resilience.errors import RequestGivenUp
+from pie_async.resilience.journal import Journal
+from pie_async.resilience.replay import engine_params
+from pie_async.sampling_params import SamplingParams
+from tests.support.request_streams import a_stream
+
+PROMPT = (1, 2)
+LONGEST = 1000
+
+
+class Desk:
+    """A journal with requests numbered by their first sequence."""
+
+    def __init__(self) -> None:
+        self.finished: list[RequestStream] = []
+        self.journal = Journal(most_deaths=3, on_finished=self.finished.append)
+
+    def open(self, *sequences: int, **params) -> RequestStream:
+        sampling = SamplingParams(n=len(sequences), **params)
+        stream = a_stream(*sequences, params=sampling)
+        first = Submit(
+            request=sequences[0],
+            sequences=sequences,
+            prompt_tokens=PROMPT,
+            sampling=engine_params(sampling),
+            seed=100,
+            max_tokens=sampling.max_tokens,
+        )
+        self.journal.open(stream, first)
+        return stream
+
+    def tell(self, sequence: int, text: str, **end) -> list[int]:
+        stopped = []
+        for number, char in enumerate(text):
+            is_last = number == len(text) - 1
+            token = SampledToken(sequence, ord(char))
+            advance = Advance(sequence, token, **(end if is_last else {}))
+            stopped += self.journal.take(SequencesAdvanced(iteration=1, advances=(advance,)))
+        return stopped
+
+    def restart(self, longest: int = LONGEST) -> list[Submit]:
+        self.journal.engine_died()
+        return list(self.journal.resume(longest))
+
+
+@pytest.fixture
+def desk() -> Desk:
+    return Desk()
+
+
+async def text_of(stream: RequestStream) -> str:
+    async for output in stream:
+        last = output
+    return last.outputs[0].text
+
+
+def test_a_sequence_goes_on_from_its_prompt_and_its_output(desk):
+    desk.open(7, max_tokens=10, min_tokens=4, logprobs=2, prompt_logprobs=1)
+    desk.tell(7, "abc")
+    (command,) = desk.restart()
+    assert command.prompt_tokens == (*PROMPT, ord("a"), ord("b"), ord("c"))
+    assert command.max_tokens == 7
+    assert command.sampling.min_tokens == 1
+    assert command.sampling.logprobs == 2
+    assert command.sampling.prompt_logprobs is None  # its reader has them
+
+
+def test_a_second_restart_counts_from_the_request_and_not_from_the_first_restart(desk):
+    desk.open(7, max_tokens=10, min_tokens=2)
+    for text in ("abc", "de"):
+        desk.tell(7, text)
+        (command,) = desk.restart()
+    assert command.prompt_tokens[2:] == tuple(map(ord, "abcde"))
+    assert (command.max_tokens, command.sampling.min_tokens) == (5, 0)
+
+
+def test_each_unfinished_sequence_goes_on_with_the_seed_of_its_index(desk):
+    desk.open(3, 4, 5)
+    desk.tell(3, "ab")
+    desk.tell(4, "x", finish_reason="stop")
+    commands = desk.restart()
+    assert [command.sequences for command in commands] == [(3,), (5,)]
+    assert [command.seed for command in commands] == [100, 102]
+    assert commands[1].prompt_tokens == PROMPT
+
+
+async def test_a_stop_string_is_found_across_the_restart_and_the_engine_told(desk):
+    stream = desk.open(7, stop="cd", max_tokens=20)
+    assert desk.restart()[0].sampling.stop == ()  # the engine knows no text
+    desk.tell(7, "abc")
+    desk.restart()
+    assert desk.tell(7, "d") == [7]
+    assert await text_of(stream) == "ab"
+    assert desk.finished == [stream]
+    assert desk.restart() == []
+
+
+def test_cached_tokens_of_a_prompt_that_holds_output_are_not_reported(desk):
+    stream = desk.open(7, output_kind="cumulative")
+    first = Advance(7, SampledToken(7, 97), cached_tokens=16)
+    again = Advance(7, SampledToken(7, 98), cached_tokens=32)
+    desk.journal.take(SequencesAdvanced(iteration=1, advances=(first,)))
+    desk.restart()
+    desk.journal.take(SequencesAdvanced(iteration=1, advances=(again,)))
+    assert stream._output().num_cached_tokens == 16
+
+
+@pytest.mark.parametrize("penalty", ["presence_penalty", "frequency_penalty"])
+async def test_output_that_counts_for_penalties_is_computed_again_and_not_delivered_twice(
+    desk, penalty
+):
+    stream = desk.open(7, max_tokens=5, min_tokens=2, **{penalty: 0.5})
+    desk.tell(7, "abc")
+    (command,) = desk.restart()
+    assert (command.prompt_tokens, command.max_tokens) == (PROMPT, 5)
+    assert command.sampling.min_tokens == 2
+    desk.tell(7, "abcde", finish_reason="length")
+    assert await text_of(stream) == "abcde"
+
+
+async def test_output_that_comes_out_differently_ends_the_request_instead_of_being_wrong(desk):
+    stream = desk.open(7, max_tokens=5, presence_penalty=0.5)
+    desk.tell(7, "abc")
+    desk.restart()
+    assert desk.tell(7, "aX") == [7]  # the engine is to end it
+    with pytest.raises(RequestGivenUp, match="same output"):
+        await text_of(stream)
+
+
+async def test_a_sequence_that_no_longer_fits_ends_for_length(desk):
+    stream = desk.open(7, max_tokens=100)
+    desk.tell(7, "abc")
+    assert desk.restart(longest=5) == []
+    assert await text_of(stream) == "abc"
+    desk.open(8, max_tokens=100)
+    assert desk.restart(longest=5)[0].max_tokens == 3
+
+
+async def test_a_cancelled_request_is_not_resumed(desk):
+    stream = desk.open(7)
+    desk.tell(7, "ab")
+    desk.journal.engine_died()
+    resumed = desk.journal.resume(LONGEST)
+    assert desk.journal.close(stream)
+    assert list(resumed) == []
+    assert await text_of(stream) == "ab"
+    assert not desk.journal.close(stream)
+
+
+def test_a_request_that_came_while_others_are_resumed_is_not_sent_twice(desk):
+    desk.open(1)
+    desk.journal.engine_died()
+    resumed = desk.journal.resume(LONGEST)
+    desk.open(2)  # sent by whoever opened it
+    assert [command.request for command in resumed] == [1]
+
+
+async def test_the_request_that_kills_is_found_and_the_others_go_on(desk):
+    innocent, killer, other = desk.open(1), desk.open(2), desk.open(3)
+    for _ in range(2):  # nobody gets a token: it could be any of them
+        commands = desk.restart()
+    assert commands == []
+    tried = []
+    while len(desk.journal):
+        (command,) = desk.journal.try_next_suspect(LONGEST)
+        assert list(desk.journal.try_next_suspect(LONGEST)) == []  # one at a time
+        tried.append(command.request)
+        if command.request == 2:
+            assert desk.restart() == []
+        else:
+            desk.tell(command.request, "a", finish_reason="length")
+    assert tried == [1, 2, 3]
+    assert [await text_of(innocent), await text_of(other)] == ["a", "a"]
+    with pytest.raises(RequestGivenUp, match="3 times"):
+        await text_of(killer)
+
+
+def test_a_request_that_gets_on_is_not_blamed(desk):
+    stream = desk.open(1, max_tokens=50)
+    for _ in range(10):
+        desk.tell(1, "a")
+        assert len(desk.restart()) == 1
+    assert stream not in desk.finished
+
+
+def test_one_that_repeats_its_output_is_blamed_only_for_deaths_at_the_same_place(desk):
+    desk.open(1, max_tokens=50, presence_penalty=1.0)
+    desk.tell(1, "a" * 20)
+    for num_repeated in (5, 12, 19, 3):
+        desk.restart()
+        desk.tell(1, "a" * num_repeated)
+    assert len(desk.restart()) == 1
+    desk.tell(1, "a" * 3)
+    assert desk.restart() == []  # twice at the same place: a suspect
