@@ -18,7 +18,7 @@ from pie_async.actors.swap_out import PoolReview, SwapOutActor
 from pie_async.assembly import Parts
 from pie_async.assembly.sizing import SPARE_SLOTS
 from pie_async.config import EngineConfig
-from pie_async.core.headroom import Expansion
+from pie_async.core.headroom import Expansion, pays
 from pie_async.core.residency import ResidencyMap
 from pie_async.core.schedule import SHRINK_TOLERANCE, Schedule
 from pie_async.device.launcher import Launcher
@@ -73,10 +73,16 @@ class Actors:
         governor = None
         self.most_streamed = _most_streamed(parts)
         if config.streamed_blocks is None and self.most_streamed:
-            block_bytes = parts.device.memory.layout.block_bytes
+            memory = parts.device.memory
+            block_bytes = memory.layout.block_bytes
+            # Without a floor nothing is known of the device's memory, as with a CPU.
+            is_worth_it = not parts.decode_floor_s or pays(
+                weight_bytes=parts.model.weight_bytes,
+                resident_bytes=memory.device_slots * block_bytes,
+            )
             headroom = Expansion(
                 block_bytes=block_bytes,
-                most_blocks=self.most_streamed,
+                most_blocks=self.most_streamed if is_worth_it else 0,
                 itl_limit_s=config.itl_limit_s,
                 decode_floor_s=parts.decode_floor_s,
             )

@@ -35,6 +35,12 @@ COOLDOWN_ITERATIONS = 16
 """No change for this long after a cut: it takes effect a few iterations later."""
 SMOOTHING = 0.2
 """Weight of a new measurement in the running averages."""
+SHRINKING = 0.01
+"""Its weight where a decode-only iteration was shorter. When sequences are parked the batch, and
+what hides behind it, shrinks for seconds; a limit that followed would have more of them parked.
+Should iterations stay short, stall says so first."""
+STAGING_TRAFFIC = 1.6
+"""Bytes of device memory traffic that staging a byte costs, beside attention's reading of it."""
 CUT = 0.9
 """At most this part of what was streamed when it stalled is allowed again."""
 
@@ -96,6 +102,21 @@ class Expansion(msgspec.Struct, frozen=True, kw_only=True):
         return max(0, min(int(in_all) - self.resident_blocks, self.most_blocks))
 
 
+def pays(*, weight_bytes: int, resident_bytes: int) -> bool:
+    """Whether streaming can bring throughput, however fast the link is.
+
+    An iteration reads the weights W, the resident KV R and the streamed KV S once, and staging
+    costs c = `STAGING_TRAFFIC` times S more: its time is as W + R + (1 + c) S. The batch, and
+    so its tokens, is as R + S. Tokens per time, (R + S) / (W + R + (1 + c) S), grow with S
+    only if W + R > (1 + c) R, that is if W > c R.
+
+    Args:
+        weight_bytes: W, on the device that reads them.
+        resident_bytes: R, all of the device's KV slots.
+    """
+    return weight_bytes > STAGING_TRAFFIC * resident_bytes
+
+
 def decide(state: Expansion, seen: IterationObserved) -> Expansion:
     """The new state after an iteration: expand, hold or shrink.
 
@@ -126,7 +147,8 @@ def _measure(state: Expansion, seen: IterationObserved) -> Expansion:
     if seen.staged_bytes and seen.staging_busy_s > 0:
         link = _blend(link, seen.staged_bytes / seen.staging_busy_s)
     if seen.decode_rows and not seen.prefill_tokens:
-        decode_s = _blend(decode_s, seen.compute_s)
+        weight = SHRINKING if seen.compute_s < decode_s else SMOOTHING
+        decode_s = _blend(decode_s, seen.compute_s, weight)
         blocks = seen.resident_blocks + seen.streamed_blocks
         if blocks:
             # With the stall: a client waits for that too.
@@ -153,8 +175,8 @@ def _why(state: Expansion) -> str:
     return f"{state.bound_blocks} blocks hide behind a {state.hiding_s:.4g} s decode"
 
 
-def _blend(old: float, new: float) -> float:
-    return new if not old else old + SMOOTHING * (new - old)
+def _blend(old: float, new: float, weight: float = SMOOTHING) -> float:
+    return new if not old else old + weight * (new - old)
 
 
 def _expand(state: Expansion, wanted: int, bound: int) -> Expansion:

@@ -13,8 +13,10 @@ from pie_async.core.headroom import (
     FIRST_STEP_BLOCKS,
     KNOWN_STEP,
     LINK_SHARE,
+    STAGING_TRAFFIC,
     Expansion,
     decide,
+    pays,
 )
 from pie_async.ids import IterationId
 from pie_async.messages import IterationObserved
@@ -286,3 +288,40 @@ def test_longer_sequences_take_room_from_streaming_and_the_reason_is_told():
         state = decide(state, longer)
     assert before - 50 <= state.limit_blocks <= before - 30
     assert "within 0.0075 s" in state.reason
+
+
+# --- a batch that shrinks for a moment ------------------------------------------------------
+
+
+def test_a_batch_that_is_short_for_a_moment_costs_little_of_the_limit():
+    """As when a sequence is parked: the limit must not fall below what is streamed and have
+    the next one parked."""
+    state = run(fresh(), 200, wanted=50_000)[-1]
+    short = seen(compute_s=DECODE_S / 2, streamed_blocks=HIDDEN // 2, wanted_blocks=50_000)
+    before = state.limit_blocks
+    for _ in range(10):
+        state = decide(state, short)
+    assert 0.9 * before < state.limit_blocks < before
+
+
+def test_iterations_that_become_longer_are_taken_for_room_soon():
+    state = run(fresh(), 200, wanted=50_000)[-1]
+    states = run(state, 30, wanted=50_000, decode_s=1.5 * DECODE_S)
+    assert states[-1].limit_blocks > 1.3 * state.limit_blocks
+
+
+# --- whether streaming can pay --------------------------------------------------------------
+
+
+def throughput(weights: float, resident: float, streamed: float) -> float:
+    """Sequences, as their KV, per time of an iteration that moves bytes and nothing else."""
+    moved = weights + resident + (1 + STAGING_TRAFFIC) * streamed
+    return (resident + streamed) / moved
+
+
+@pytest.mark.parametrize("weights", [5, 12, 15, 17, 24, 65])
+@pytest.mark.parametrize("streamed", [0.1, 3.0])
+def test_streaming_pays_where_more_of_it_raises_throughput(weights: int, streamed: float):
+    resident = 10
+    gains = throughput(weights, resident, streamed) > throughput(weights, resident, 0)
+    assert pays(weight_bytes=weights, resident_bytes=resident) == gains
