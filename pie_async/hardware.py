@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 import platform
 import resource
+from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
 
 from pie_async.config import format_size
 from pie_async.errors import ConfigError
+
+_CGROUPS = Path("/sys/fs/cgroup")
 
 
 class Hardware(msgspec.Struct, frozen=True, kw_only=True):
@@ -33,6 +36,7 @@ class Hardware(msgspec.Struct, frozen=True, kw_only=True):
 def read_hardware() -> Hardware:
     """Look at the system's own files; nothing is measured."""
     memory = _meminfo()
+    limit, used = _cgroup()
     locked = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
     cores_in_all = os.cpu_count() or 1
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else cores_in_all
@@ -44,8 +48,8 @@ def read_hardware() -> Hardware:
         cores_in_all=cores_in_all,
         memory_bytes=memory.get("MemTotal"),
         available_bytes=memory.get("MemAvailable"),
-        cgroup_limit_bytes=_cgroup("memory.max", "memory/memory.limit_in_bytes"),
-        cgroup_used_bytes=_cgroup("memory.current", "memory/memory.usage_in_bytes"),
+        cgroup_limit_bytes=limit,
+        cgroup_used_bytes=used,
         locked_limit_bytes=None if locked == resource.RLIM_INFINITY else locked,
     )
 
@@ -63,6 +67,9 @@ def usable_bytes(hardware: Hardware) -> int | None:
 def require_poolable(host_pool_bytes: int) -> None:
     """Refuse a pool to be pinned that this machine cannot hold: pinning it would not fail, the
     system would end the process.
+
+    RLIMIT_MEMLOCK is not looked at: it bounds mlock(2), and the CUDA driver pins pages itself
+    without asking for it. Were a driver to obey it, the first chunk would be refused.
 
     Raises:
         ConfigError: says what is free, and whose limit that is.
@@ -98,16 +105,47 @@ def _processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def _cgroup(version_2: str, version_1: str) -> int | None:
-    for name in (version_2, version_1):
-        for line in _lines(f"/sys/fs/cgroup/{name}"):
-            value = line.strip()
-            # version 1 writes "no limit" as a number near 2^63
-            return int(value) if value.isdigit() and int(value) < 2**60 else None
-    return None
+def _cgroup() -> tuple[int | None, int | None]:
+    """(limit, used) of the memory group that leaves this process the least room, of the group it
+    is in and all around it: every one of them counts."""
+    found = [
+        (limit, _number(group / used) or 0)
+        for group, most, used in _memory_groups()
+        if (limit := _number(group / most)) is not None
+    ]
+    return min(found, key=lambda each: each[0] - each[1], default=(None, None))
 
 
-def _lines(path: str) -> list[str]:
+def _memory_groups() -> Iterator[tuple[Path, str, str]]:
+    """(folder, file of the limit, file of the use) from the process's own group up to the root.
+
+    A line of /proc/self/cgroup is "number:controllers:path"; version 2 has number 0 and no
+    controllers (cgroups(7)). In a container without a namespace of its own the path is the
+    host's, of which only the root may be mounted: what is not there is passed over.
+    """
+    for line in _lines("/proc/self/cgroup"):
+        number, _, rest = line.partition(":")
+        controllers, _, path = rest.partition(":")
+        if number == "0" and not controllers:
+            root, most, used = _CGROUPS, "memory.max", "memory.current"
+        elif "memory" in controllers.split(","):
+            root = _CGROUPS / "memory"
+            most, used = "memory.limit_in_bytes", "memory.usage_in_bytes"
+        else:
+            continue
+        names = [name for name in path.split("/") if name not in ("", "..")]
+        for depth in range(len(names), -1, -1):
+            yield root.joinpath(*names[:depth]), most, used
+
+
+def _number(path: Path) -> int | None:
+    """What a file of one number says; None: "max", or there is no such file."""
+    value = "".join(_lines(path)).strip()
+    # version 1 writes "no limit" as a number near 2^63
+    return int(value) if value.isdigit() and int(value) < 2**60 else None
+
+
+def _lines(path: str | Path) -> list[str]:
     try:
         return Path(path).read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:

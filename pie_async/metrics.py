@@ -74,3 +74,34 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
         """Part of the compute stream's time spent waiting for swaps, 0..1."""
         total_s = self.compute_s + self.stall_s
         return self.stall_s / total_s if total_s else 0.0
+
+    @property
+    def h2d_busy_share(self) -> float:
+        """Part of the uptime that copies to the device took, 0..1."""
+        return self.h2d_busy_s / self.uptime_s if self.uptime_s else 0.0
+
+    @property
+    def d2h_busy_share(self) -> float:
+        """Part of the uptime that copies to the pool took, 0..1."""
+        return self.d2h_busy_s / self.uptime_s if self.uptime_s else 0.0
+
+
+class LinkUse(msgspec.Struct, frozen=True, kw_only=True):
+    """How busy the link was between two snapshots. Shares are of the time between them, 0..1."""
+
+    h2d_busy_s: float
+    d2h_busy_s: float
+    h2d_busy_share: float
+    d2h_busy_share: float
+
+    @classmethod
+    def between(cls, first: EngineStats, last: EngineStats) -> LinkUse:
+        took_s = last.uptime_s - first.uptime_s
+        h2d_s = last.h2d_busy_s - first.h2d_busy_s
+        d2h_s = last.d2h_busy_s - first.d2h_busy_s
+        return cls(
+            h2d_busy_s=h2d_s,
+            d2h_busy_s=d2h_s,
+            h2d_busy_share=h2d_s / took_s if took_s > 0 else 0.0,
+            d2h_busy_share=d2h_s / took_s if took_s > 0 else 0.0,
+        )

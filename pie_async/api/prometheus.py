@@ -90,7 +90,7 @@ class EngineCollector(Collector):
 
 def _gauges(stats: EngineStats) -> dict[str, tuple[str, float]]:
     return {
-        "block_bytes": ("Size of a KV block over all layers", stats.block_bytes),
+        "block_bytes": ("Size of a KV block over all layers, in bytes", stats.block_bytes),
         "block_tokens": ("Tokens whose KV a block holds", stats.block_tokens),
         "device_slots": ("Resident slots of the device arena", stats.device_blocks),
         "host_slots": ("Slots of the host pool that can be used now", stats.host_blocks),
@@ -103,8 +103,11 @@ def _gauges(stats: EngineStats) -> dict[str, tuple[str, float]]:
             "Device and streamed blocks by device blocks; 1 is no pooling",
             stats.expansion_ratio,
         ),
-        "stall_share": ("Part of the compute time spent waiting for swaps", stats.stall_share),
-        "uptime_seconds": ("Time since the engine started", stats.uptime_s),
+        "stall_share": (
+            "Part of the compute time spent waiting for swaps, 0 to 1",
+            stats.stall_share,
+        ),
+        "uptime_seconds": ("Time since the engine started, in seconds", stats.uptime_s),
     }
 
 
@@ -127,8 +130,8 @@ def _counters(stats: EngineStats) -> dict[str, tuple[str, float]]:
         ),
         "demotions": ("Blocks copied to the pool", stats.demotions),
         "promotions": ("Blocks copied back to stay", stats.promotions),
-        "compute_seconds": ("Time the compute stream worked", stats.compute_s),
-        "stall_seconds": ("Time compute waited for staged blocks", stats.stall_s),
+        "compute_seconds": ("Time the compute stream worked, in seconds", stats.compute_s),
+        "stall_seconds": ("Time compute waited for staged blocks, in seconds", stats.stall_s),
     }
 
 
@@ -157,9 +160,20 @@ def _labelled(stats: EngineStats) -> Iterator[Metric]:
         d2h=stats.d2h_bytes,
     )
     yield _by_label(
-        CounterMetricFamily("pie:link_busy_seconds", "Time spent copying", labels=["direction"]),
+        CounterMetricFamily(
+            "pie:link_busy_seconds", "Time spent copying, in seconds", labels=["direction"]
+        ),
         h2d=stats.h2d_busy_s,
         d2h=stats.d2h_busy_s,
+    )
+    yield _by_label(
+        GaugeMetricFamily(
+            "pie:link_busy_share",
+            "Part of the uptime spent copying, 0 to 1",
+            labels=["direction"],
+        ),
+        h2d=stats.h2d_busy_share,
+        d2h=stats.d2h_busy_share,
     )
 
 

@@ -19,6 +19,7 @@ from pie_async.cli.running import messages, run_async, run_in_virtual_time, star
 from pie_async.config import BUILTIN_MODEL, EngineConfig
 from pie_async.errors import ConfigError
 from pie_async.measurements import LatencyLimits, RequestTimes, summarize
+from pie_async.metrics import LinkUse
 from pie_async.workload import (
     LENGTH_MODELS,
     WorkItem,
@@ -233,6 +234,7 @@ async def _bench_engine(job: LoadPlan, config: EngineConfig) -> Report:
         is_virtual = config.device == "sim"
         clock = asyncio.get_running_loop().time if is_virtual else time.perf_counter
         watch = PoolWatch(engine, clock)
+        first = engine.stats()
         async with watch.watching():
             run = await _put(
                 EngineTarget(engine, temperature=job.temperature),
@@ -248,6 +250,7 @@ async def _bench_engine(job: LoadPlan, config: EngineConfig) -> Report:
             model=engine.model.name,
             engine=config,
             pool=watch.summary(started_s=run.started_s),
+            link=LinkUse.between(first, engine.stats()),
         )
 
 
@@ -320,6 +323,7 @@ def _report(
     model: str,
     engine: EngineConfig | None,
     pool: PoolSummary | None,
+    link: LinkUse | None = None,
 ) -> Report:
     from pie_async.cli.report import Report
     from pie_async.hardware import read_hardware
@@ -337,4 +341,5 @@ def _report(
         engine=None if engine is None else msgspec.structs.asdict(engine),
         summary=summarize(run.requests, duration_s=run.duration_s, limits=job.limits),
         pool=pool,
+        link=link,
     )

@@ -14,6 +14,7 @@ from pie_async.cli.load import PoolSummary
 from pie_async.config import format_size
 from pie_async.errors import ConfigError
 from pie_async.measurements import Distribution, LoadSummary
+from pie_async.metrics import LinkUse
 
 
 class Report(msgspec.Struct, frozen=True, kw_only=True):
@@ -33,6 +34,8 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     summary: LoadSummary
     pool: PoolSummary | None
     """None for a server, whose counters are not read."""
+    link: LinkUse | None = None
+    """As `pool`."""
 
 
 def check_writable(path: Path) -> None:
@@ -68,7 +71,7 @@ def tables(report: Report) -> Iterator[Table]:
     yield _throughput(report)
     yield _latencies(report.summary)
     if report.pool is not None:
-        yield _pool(report.pool)
+        yield _pool(report.pool, report.link)
 
 
 def _throughput(report: Report) -> Table:
@@ -114,7 +117,7 @@ def _milliseconds(found: Distribution | None) -> list[str]:
     return [f"{value * 1000:,.2f}" for value in values]
 
 
-def _pool(pool: PoolSummary) -> Table:
+def _pool(pool: PoolSummary, link: LinkUse | None) -> Table:
     table = _two_columns("memory and swapping")
     table.add_row(
         "device arena",
@@ -125,6 +128,7 @@ def _pool(pool: PoolSummary) -> Table:
     table.add_row("parked blocks, peak", f"{pool.parked_blocks_peak:,} of {pool.host_blocks:,}")
     table.add_row("expansion ratio, peak", f"{pool.expansion_ratio_peak:.2f}")
     table.add_row("running sequences, peak", f"{pool.running_peak}")
+    table.add_row("stall", f"{pool.stall_s:.3f} s")
     table.add_row("stall share", f"{pool.stall_share:.2%}")
     table.add_row(
         "preemptions", f"{pool.preemptions_parked} parked, {pool.preemptions_recomputed} recomputed"
@@ -132,6 +136,11 @@ def _pool(pool: PoolSummary) -> Table:
     table.add_row(
         "swapped in / out", f"{format_size(pool.h2d_bytes)} / {format_size(pool.d2h_bytes)}"
     )
+    if link is not None:
+        table.add_row(
+            "link busy in / out", f"{link.h2d_busy_share:.1%} / {link.d2h_busy_share:.1%}"
+        )
+    table.add_row("demotions / promotions", f"{pool.demotions:,} / {pool.promotions:,} blocks")
     table.add_row("iterations", f"{pool.iterations:,}")
     return table
 
