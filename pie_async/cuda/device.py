@@ -25,12 +25,13 @@ from pie_async.cuda.peer_arena import PeerArena
 from pie_async.cuda.pool_arena import PoolArena
 from pie_async.cuda.streams import CudaEvent, CudaStream
 from pie_async.cuda.vmm import DeviceArena
+from pie_async.device.copy_runs import bridged
 from pie_async.device.protocol import Event, MemoryPlan, Pass, Span
 from pie_async.errors import DeviceFault
 from pie_async.messages import BlockMove, CopyRun, PromptLogprobs, RunIteration, SampledToken
 
 if TYPE_CHECKING:
-    from pie_async.cuda.driver import Copy, Driver
+    from pie_async.cuda.driver import Copies, Driver
     from pie_async.model.lanes import Results
 
 Work = Callable[[], None]
@@ -139,6 +140,9 @@ class CudaDevice:
             stream: EventWaiter(stream, driver) for stream in (self.compute, self.h2d, self.d2h)
         }
         self._poisons = poisons
+        self._bridge_slots = self._pool.bridge_bytes // layout.layer_block_bytes
+        # Launch thread only: the runs that were staged last, and the copies that they became.
+        self._staged: tuple[Sequence[CopyRun], Sequence[CopyRun]] = ((), ())
         self._runner: Runner | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._issues: SimpleQueue[Work | None] = SimpleQueue()
@@ -212,7 +216,9 @@ class CudaDevice:
     # --- copies -----------------------------------------------------------------------------
 
     def stage(self, layers: range, runs: Sequence[CopyRun]) -> None:
-        self._copy(self.h2d, partial(self._to_device, layers, runs))
+        if runs is not self._staged[0]:  # once for all layer groups
+            self._staged = runs, bridged(runs, self._bridge_slots)
+        self._copy(self.h2d, partial(self._to_device, layers, self._staged[1]))
 
     def promote(self, moves: Sequence[BlockMove]) -> None:
         self._copy(self.h2d, partial(self._to_device, self._layers, runs_of(moves)))
@@ -221,7 +227,7 @@ class CudaDevice:
         size, runs = self.memory.layout.layer_block_bytes, runs_of(moves)
         self._copy(self.d2h, partial(to_host, self._pool, self.arena, self._layers, runs, size))
 
-    def _to_device(self, layers: range, runs: Sequence[CopyRun]) -> list[Copy]:
+    def _to_device(self, layers: range, runs: Sequence[CopyRun]) -> Copies:
         size = self.memory.layout.layer_block_bytes
         return to_device(self._pool, self.arena, layers, runs, size)
 
@@ -229,7 +235,7 @@ class CudaDevice:
     def _layers(self) -> range:
         return range(self.memory.layout.num_layers)
 
-    def _copy(self, stream: CudaStream, find: Callable[[], Sequence[Copy]]) -> None:
+    def _copy(self, stream: CudaStream, find: Callable[[], Copies]) -> None:
         if stream.fault is not None:
             return
         stream.note_work()

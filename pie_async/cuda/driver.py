@@ -7,17 +7,20 @@ calls `enter_thread` before anything else.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import ctypes
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Literal
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from cuda.bindings import driver as cuda
 
 from pie_async.cuda.errors import CudaFault
 
-Copy = tuple[int, int, int]
-"""Source address, destination address, bytes."""
+Copies = npt.NDArray[np.uint64]
+"""[3, n]: source addresses, destination addresses, bytes."""
 PeerLink = Literal["none", "pcie", "nvlink"]
 """What joins two GPUs, if each can reach the other's memory."""
 
@@ -39,6 +42,8 @@ class Driver:
         self._torch_streams: dict[int, torch.cuda.Stream] = {}
         self.enter_thread()
         self._neighbour: tuple[Any, Any] | None = None
+        self.neighbour_link: PeerLink = "none"
+        """How the open neighbour is reached."""
         location = _location(ordinal)
         self._memory = cuda.CUmemAllocationProp()
         self._memory.type = cuda.CUmemAllocationType.CU_MEM_ALLOCATION_TYPE_PINNED
@@ -47,6 +52,7 @@ class Driver:
         self._batched = cuda.CUmemcpyAttributes()
         self._batched.srcAccessOrder = cuda.CUmemcpySrcAccessOrder.CU_MEMCPY_SRC_ACCESS_ORDER_STREAM
         self._batched.flags = cuda.CUmemcpyFlags.CU_MEMCPY_FLAG_PREFER_OVERLAP_WITH_COMPUTE
+        self._copy_batch = _batch_copy_function()
         granularity = cuda.CUmemAllocationGranularity_flags
         self.page_bytes = int(
             _checked(
@@ -119,22 +125,21 @@ class Driver:
 
     # --- copies -----------------------------------------------------------------------------
 
-    def copy(self, copies: Sequence[Copy], stream: int) -> None:
+    def copy(self, copies: Copies, stream: int) -> None:
         """Issue copies, which may run in any order among themselves."""
-        if len(copies) == 1:
-            source, destination, num_bytes = copies[0]
+        count = copies.shape[1]
+        if count == 1:
+            source, destination, num_bytes = copies[:, 0].tolist()
             _checked(cuda.cuMemcpyAsync(destination, source, num_bytes, stream), "copying")
-        elif copies:
+        elif count:
             # Many small copies: 2.4 times the rate of one call for each (64 KiB, PCIe 5).
-            sources = [cuda.CUdeviceptr(copy[0]) for copy in copies]
-            destinations = [cuda.CUdeviceptr(copy[1]) for copy in copies]
-            sizes = [copy[2] for copy in copies]
-            _checked(
-                cuda.cuMemcpyBatchAsync(
-                    destinations, sources, sizes, len(copies), [self._batched], [0], 1, stream
-                ),
-                "copying",
+            rows = np.ascontiguousarray(copies)
+            sources, destinations, sizes = (row.ctypes.data for row in rows)
+            attributes, first = int(self._batched.getPtr()), ctypes.addressof(_FIRST)
+            code = self._copy_batch(
+                destinations, sources, sizes, count, attributes, first, 1, int(stream)
             )
+            _checked((cuda.CUresult(code),), "copying")
 
     # --- memory -----------------------------------------------------------------------------
 
@@ -252,7 +257,9 @@ class Driver:
         context = _checked(cuda.cuDevicePrimaryCtxRetain(gpu), "opening the neighbour")
         self._neighbour = (gpu, context)
         if ordinal == self.device.index:
+            self.neighbour_link = "nvlink"  # no slower than that
             return
+        self.neighbour_link = self.link_to(ordinal)
         try:
             _reach(context)
             with self._in_neighbour():
@@ -302,6 +309,25 @@ class _Bytes:
             "data": (address, False),
             "version": 3,
         }
+
+
+_FIRST = (ctypes.c_size_t * 1)(0)
+"""The attributes of a batch begin to hold with its first copy."""
+_BATCH_COPY_SINCE = 13000
+"""The CUDA version whose cuMemcpyBatchAsync is called: the one before took another argument."""
+
+
+def _batch_copy_function() -> Any:
+    """cuMemcpyBatchAsync, to be called with arrays: cuda-python wants an object for every address,
+    2 us a copy, with the interpreter's lock held."""
+    flags = cuda.CUdriverProcAddress_flags.CU_GET_PROC_ADDRESS_DEFAULT
+    asked = cuda.cuGetProcAddress(b"cuMemcpyBatchAsync", _BATCH_COPY_SINCE, flags)
+    address = int(_checked(asked, "looking for the driver's batched copies")[0])
+    pointer, size = ctypes.c_void_p, ctypes.c_size_t
+    prototype = ctypes.CFUNCTYPE(
+        ctypes.c_int, pointer, pointer, pointer, size, pointer, pointer, size, pointer
+    )
+    return prototype(address)
 
 
 def _location(ordinal: int) -> Any:

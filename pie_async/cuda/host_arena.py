@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from pie_async.config import format_size
 from pie_async.core.layout import KvLayout
 from pie_async.cuda.errors import CudaFault
-from pie_async.cuda.pool_arena import Grown
+from pie_async.cuda.pool_arena import PCIE_BRIDGE_BYTES, Grown
 from pie_async.device.protocol import POOL_CHUNK_BYTES, chunk_slots_of
 from pie_async.errors import ConfigError, DeviceFault
 
@@ -30,6 +30,8 @@ class HostArena:
     Attributes:
         chunk_slots: slots that are pinned together.
     """
+
+    bridge_bytes = PCIE_BRIDGE_BYTES
 
     def __init__(
         self, driver: Driver, layout: KvLayout, *, slots: int, chunk_bytes: int = CHUNK_BYTES
@@ -57,8 +59,8 @@ class HostArena:
                 raise self._refusal
             self._thread.start()
 
-    def pieces(self, layer: int, slot: int, count: int) -> Iterator[tuple[int, int]]:
-        """(address, slots) of contiguous pieces that together are one layer of these slots.
+    def pieces(self, slot: int, count: int) -> Iterator[tuple[int, int, int]]:
+        """See `PoolArena`; a piece ends with its chunk.
 
         Blocks until they are pinned; those that `watch` has told of are.
 
@@ -69,8 +71,8 @@ class HostArena:
         while count:
             chunk, first = divmod(slot, self.chunk_slots)
             length = min(count, self.chunk_slots - first)
-            offset = (layer * self.chunk_slots + first) * self._slot_bytes
-            yield self._chunk(chunk) + offset, length
+            address = self._chunk(chunk) + first * self._slot_bytes
+            yield address, self.chunk_slots * self._slot_bytes, length
             slot, count = slot + length, count - length
 
     def watch(self, grown: Grown) -> None:

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 PROMPT_SIZES = (64, 128, 256, 512)
 """What the tokens of such rows, together, are padded to. More of them keep the GPU busy for as
 long as it takes to launch their kernels."""
-_DECODE_SIZES = (8, 32, 64, 128)
+_DECODE_SIZES = (8, 32, 64, 128, 160, 192, 224)
+"""Close together where padding is computed in earnest: below, reading the weights takes as long."""
 
 
 class MixedProgram(DecodeProgram):

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from pie_async.config import format_size
 from pie_async.core.layout import KvLayout
 from pie_async.cuda.errors import CudaFault
-from pie_async.cuda.pool_arena import Grown
+from pie_async.cuda.pool_arena import NVLINK_BRIDGE_BYTES, PCIE_BRIDGE_BYTES, Grown
 from pie_async.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -48,10 +48,11 @@ class PeerArena:
                 raise
             raise _too_large(pool_bytes, driver.neighbour_free_bytes()) from fault
 
-    def pieces(self, layer: int, slot: int, count: int) -> Iterator[tuple[int, int]]:
-        """(address, slots) of the one piece that is one layer of these slots."""
+    def pieces(self, slot: int, count: int) -> Iterator[tuple[int, int, int]]:
+        """See `PoolArena`; it is always one."""
         if count:
-            yield self._address + (layer * self._slots + slot) * self._slot_bytes, count
+            address = self._address + slot * self._slot_bytes
+            yield address, self._slots * self._slot_bytes, count
 
     def watch(self, grown: Grown) -> None:
         """Call this now; there will never be more."""
@@ -60,6 +61,11 @@ class PeerArena:
     def resize(self, slots: int) -> None:
         """Nobody asks for it."""
         raise NotImplementedError("a pool in another GPU's memory keeps its size")
+
+    @property
+    def bridge_bytes(self) -> int:
+        is_nvlink = self._driver.neighbour_link == "nvlink"
+        return NVLINK_BRIDGE_BYTES if is_nvlink else PCIE_BRIDGE_BYTES
 
     @property
     def pinned_slots(self) -> int:

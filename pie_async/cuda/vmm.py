@@ -29,6 +29,7 @@ class DeviceArena:
         first_staging_slot: where the staging part begins: at or above the number of resident
             slots asked for, because mappings begin at page borders.
         staging_slots: how many there are.
+        layer_bytes: from a slot to the same one of the next layer.
     """
 
     def __init__(
@@ -53,7 +54,7 @@ class DeviceArena:
         self.first_staging_slot = -(-device_slots // slots_per_page) * slots_per_page
         self.staging_slots = staging_slots
         slots = self.first_staging_slot + staging_slots
-        self._layer_bytes = self._paged(slots)
+        self.layer_bytes = self._paged(slots)
         self._undo: list[Callable[[], None]] = []
         try:
             self._allocate(device_slots)
@@ -69,7 +70,7 @@ class DeviceArena:
 
     def address(self, layer: int, slot: int) -> int:
         """Where one layer of a block lies; following slots follow."""
-        return self._start + layer * self._layer_bytes + slot * self._slot_bytes
+        return self._start + layer * self.layer_bytes + slot * self._slot_bytes
 
     def close(self) -> None:
         """Unmap and free everything; `layers` must not be used any more."""
@@ -84,7 +85,7 @@ class DeviceArena:
 
     def _allocate(self, device_slots: int) -> None:
         driver, num_layers = self._driver, self._layout.num_layers
-        num_bytes = num_layers * self._layer_bytes
+        num_bytes = num_layers * self.layer_bytes
         self._start = start = driver.reserve(num_bytes)
         self._undo.append(lambda: driver.unreserve(start, num_bytes))
         resident_bytes = self._paged(device_slots)

@@ -13,6 +13,7 @@ import itertools
 from collections.abc import Callable, Iterable, Sequence
 
 from pie_async.config import GIB
+from pie_async.device.copy_runs import bridged
 from pie_async.device.cost_model import CostModel, Work
 from pie_async.device.happens_before import Clock
 from pie_async.device.protocol import Event, MemoryPlan, Pass, Span
@@ -382,11 +383,12 @@ class SimDevice:
             )
 
     def _measure_staging(self, runs: Sequence[CopyRun]) -> None:
-        blocks = sum(run.count for run in runs)
-        num_bytes = blocks * self._memory.layout.layer_block_bytes
+        slot_bytes = self._memory.layout.layer_block_bytes
+        copied = bridged(runs, self.cost.link.bridge_bytes // slot_bytes)
+        num_bytes = sum(run.count for run in copied) * slot_bytes
         gpu = self.cost.gpu
         self._staged = (runs, num_bytes)
-        self._staged_copy_s = self.cost.copy_s(num_bytes, len(runs)) if runs else 0.0
+        self._staged_copy_s = self.cost.copy_s(num_bytes, len(copied)) if copied else 0.0
         self._staging_s = gpu.staging_traffic * num_bytes / gpu.hbm_bytes_per_s / gpu.efficiency
 
     def _move(self, stream: SimStream, moves: Sequence[BlockMove]) -> None:

@@ -78,6 +78,7 @@ async def measure(
     requests_per_s: float = 0.0,
     seed: int = 0,
     limit_s: float | None = None,
+    until: float = 1.0,
     on_end: Callable[[Sequence[RequestTimes]], None] = lambda _: None,
 ) -> Row:
     """Start an engine, put the load on it, stop it.
@@ -86,6 +87,8 @@ async def measure(
         mode: what the row calls this configuration.
         requests_per_s: the rate at which `items` arrive; 0: all at once.
         limit_s: when the load is cut off; None: all requests are answered.
+        until: cut it off once this share of all output that was asked for is there: whatever the
+            mode, about the same tokens then are.
         on_end: told of the requests as clients saw them.
     """
     began_s = time.perf_counter()
@@ -98,7 +101,7 @@ async def measure(
         fitting = [_fitting(item, engine.model.max_model_len) for item in items]
         before = engine.stats()
         streamed = _Streamed(engine)
-        load = _Load(engine, fitting, fill)
+        load = _Load(engine, fitting, fill, until)
         await load.run(limit_s)
         mean_streamed = streamed.stop()
         spent = _spent(engine.stats(), before)
@@ -126,16 +129,20 @@ async def measure(
         link_busy_share=spent.h2d_busy_s / load.duration_s,
         mean_streamed_blocks=mean_streamed,
         expansion_bound=1 + link * mean_s / (config.device_kv_bytes or kv_bytes),
-        **seen_by_clients(load.requests, load.duration_s),
+        **seen_by_clients(load.requests, load.duration_s, load.asked_tokens),
     )
 
 
-def seen_by_clients(requests: Sequence[RequestTimes], duration_s: float) -> dict[str, Any]:
+def seen_by_clients(
+    requests: Sequence[RequestTimes], duration_s: float, asked_tokens: int | None = None
+) -> dict[str, Any]:
     """The fields of a row that any engine's clients can tell.
 
     Args:
         requests: all that were sent.
         duration_s: of the load.
+        asked_tokens: output asked for by a load that was cut off once enough of it was there;
+            the steady throughput is that of the same tokens then. None: what was put out.
     """
     summary = summarize(requests, duration_s=duration_s)
     ttft, tpot = summary.ttft_s, summary.tpot_s
@@ -145,7 +152,7 @@ def seen_by_clients(requests: Sequence[RequestTimes], duration_s: float) -> dict
         "requests": len(done),
         "sent": len(requests),
         "output_tokens_per_s": sum(r.output_tokens for r in requests) / duration_s,
-        "steady_tokens_per_s": _steady(requests),
+        "steady_tokens_per_s": _steady(requests, asked_tokens),
         "duration_s": duration_s,
         "normalized_p50_s": percentile(normalized, 50) if normalized else 0.0,
         "normalized_p99_s": percentile(normalized, 99) if normalized else 0.0,
@@ -161,7 +168,12 @@ def seen_by_clients(requests: Sequence[RequestTimes], duration_s: float) -> dict
 class _Load:
     """Requests as clients see them; those that a limit in time cut off count their tokens only."""
 
-    def __init__(self, engine: Engine, items: Sequence[WorkItem], fill: Prompts) -> None:
+    def __init__(
+        self, engine: Engine, items: Sequence[WorkItem], fill: Prompts, until: float
+    ) -> None:
+        self.asked_tokens = sum(item.output_tokens for item in items) if until < 1 else None
+        self._missing_tokens = until * self.asked_tokens if self.asked_tokens else 1.0
+        self._is_enough = asyncio.Event()
         self._target = EngineTarget(engine)
         self._items = items
         self._fill = fill
@@ -178,8 +190,14 @@ class _Load:
         self._began_s = self._clock()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(limit_s), asyncio.TaskGroup() as group:
-                for item, prompt in zip(self._items, prompts, strict=True):
+                tasks = [
                     group.create_task(self._one(item, prompt))
+                    for item, prompt in zip(self._items, prompts, strict=True)
+                ]
+                if self.asked_tokens is not None:
+                    await self._is_enough.wait()
+                    for task in tasks:
+                        task.cancel()
         self.duration_s = self._clock() - self._began_s
 
     async def _one(self, item: WorkItem, prompt: list[int]) -> None:
@@ -190,7 +208,14 @@ class _Load:
         async with contextlib.aclosing(stream):
             async for count in stream:
                 times.arrived(self._clock(), count)
+                self._count(count)
         times.finished_s = self._clock()
+
+    def _count(self, tokens: int) -> None:
+        if self.asked_tokens is not None:
+            self._missing_tokens -= tokens
+            if self._missing_tokens <= 0:
+                self._is_enough.set()
 
 
 class _Streamed:
@@ -219,10 +244,11 @@ def _fitting(item: WorkItem, longest: int) -> WorkItem:
     return clip(item, longest)
 
 
-def _steady(requests: Sequence[RequestTimes]) -> float:
+def _steady(requests: Sequence[RequestTimes], asked_tokens: int | None) -> float:
     """Output tokens per second between the shares of the output; see `STEADY_FROM`."""
     times_s = sorted(time_s for request in requests for time_s in request.token_s)
-    first, last = int(STEADY_FROM * len(times_s)), int(STEADY_TO * len(times_s))
+    tokens = asked_tokens or len(times_s)
+    first, last = int(STEADY_FROM * tokens), min(int(STEADY_TO * tokens), len(times_s) - 1)
     if last - first < 2:
         return 0.0
     return (last - first) / max(1e-9, times_s[last] - times_s[first])

@@ -87,6 +87,7 @@ async def _run(given: argparse.Namespace, kv_bytes: int, mode: str) -> Row:
         requests_per_s=given.rate or 0.0,
         seed=given.seed,
         limit_s=given.seconds,
+        until=given.until,
     )
 
 
@@ -114,6 +115,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--requests", type=int, default=300)
     add("--rate", type=float, help="requests/s; all at once without it")
     add("--seconds", type=float, help="cut the run off; without it all requests are answered")
+    add("--until", type=float, default=1.0, help="cut off at this share of the asked output")
     add_budget(parser)
     add_vllm(parser)
     return parser

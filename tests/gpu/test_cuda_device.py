@@ -11,6 +11,7 @@ import itertools
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from support.cuda_rig import cuda_device
@@ -75,12 +76,16 @@ def test_copies_bring_every_byte_there_and_back(driver, count: int) -> None:
     host[:num_bytes] = torch.randint(256, (num_bytes,), generator=torch.Generator().manual_seed(1))
     host[num_bytes:] = 0
     edges = [num_bytes * i // count for i in range(count + 1)]
-    there = [
-        (pinned + first, arena.address(1, 0) + first, last - first)
-        for first, last in itertools.pairwise(edges)
-    ]
+    there = np.array(
+        [
+            (pinned + first, arena.address(1, 0) + first, last - first)
+            for first, last in itertools.pairwise(edges)
+        ],
+        np.uint64,
+    ).T
+    back = there[[1, 0, 2]] + np.array([[0], [num_bytes], [0]], np.uint64)
     driver.copy(there, stream)
-    driver.copy([(on, at + num_bytes, size) for at, on, size in there], stream)
+    driver.copy(back, stream)
     driver.record(event, stream)
     driver.synchronize(event)
     assert torch.equal(host[:num_bytes], host[num_bytes:])
@@ -213,6 +218,7 @@ from support.cuda_rig import cuda_device
 from support.device_scripts import fired, issue, prefill, run_resident
 from pie_async.cuda.driver import Driver
 from pie_async.errors import DeviceFault
+import numpy as np
 import torch
 
 async def main():
