@@ -106,7 +106,10 @@ def _assemble_on(
     memory.require_weights(files.config.weight_bytes(dtype.itemsize), files.dtype_name)
     limits = _cuda_limits(config, files, dtype, driver, memory)
     decoder = load(config, files, dtype, driver.device, progress)
-    layout = model_layout(config, files.config, dtype.itemsize)
+    layout = msgspec.structs.replace(
+        model_layout(config, files.config, dtype.itemsize),
+        is_stacked=config.kernels != "torch",  # which wants a layer's slots contiguous
+    )
     product = _tuned(config, limits, decoder)
     attention = _attention(config, files.config, dtype, driver.device)
     staging_slots = count_staging_slots(config, layout, count_host_slots(config, layout))

@@ -22,6 +22,9 @@ class KvLayout(msgspec.Struct, frozen=True, kw_only=True):
     """Adjacent layers that are staged and awaited as one."""
     ring_depth: int = 3
     """Staging buffers, each holding one layer group's staged blocks."""
+    is_stacked: bool = False
+    """Whether the layers of a group lie side by side in every slot, so that a block of a group is
+    one copy, not one for each layer."""
 
     @property
     def layer_block_bytes(self) -> int:
@@ -46,6 +49,13 @@ class KvLayout(msgspec.Struct, frozen=True, kw_only=True):
         """The layers of a group; the last group may be shorter."""
         first = index * self.layer_group
         return range(first, min(first + self.layer_group, self.num_layers))
+
+    @property
+    def stacks(self) -> list[range]:
+        """Adjacent layers that lie side by side in every slot: a group's, or each by itself."""
+        if self.is_stacked:
+            return [self.group(index) for index in range(self.num_groups)]
+        return [range(layer, layer + 1) for layer in range(self.num_layers)]
 
     def ring_buffer(self, layer: int) -> int:
         """The ring buffer through which a layer's streamed blocks pass."""

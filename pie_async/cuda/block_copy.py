@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,34 +16,37 @@ if TYPE_CHECKING:
 
 
 def to_device(
-    pool: PoolArena, device: DeviceArena, layers: Sequence[int], runs: Iterable[CopyRun], size: int
+    pool: PoolArena, device: DeviceArena, layers: range, runs: Iterable[CopyRun]
 ) -> Copies:
-    """Copies of these layers of these runs; `size`: bytes of one slot of one layer.
+    """Copies of these layers, whole stacks, of these runs.
 
-    Pieces are looked for once, then laid out for all layers together: a sequence that comes back
-    may take ten thousand copies, which the interpreter would need 20 ms for.
+    Pieces are looked for once and laid out for all stacks together: hundreds of blocks may be
+    hundreds of copies for each, too many for a loop.
     """
     pieces = []
     for run in runs:
-        destination = device.address(0, run.device_slot)
-        for source, layer_bytes, count in pool.pieces(run.host_slot, run.count):
-            pieces.append((source, layer_bytes, destination, count * size))
-            destination += count * size
-    found = np.array(pieces, np.int64).reshape(-1, 4).T
-    sources, layer_bytes_of, destinations, sizes = found
-    numbers = np.array(layers, np.int64)[:, None]
-    copies = np.empty((3, len(numbers), len(sources)), np.uint64)
-    copies[0] = sources + numbers * layer_bytes_of
-    copies[1] = destinations + numbers * device.layer_bytes
-    copies[2] = sizes
+        slot = int(run.device_slot)
+        for piece in pool.pieces(run.host_slot, run.count):
+            pieces.append((*piece, slot))
+            slot += piece.num_slots
+    found = np.array(pieces, np.int64).reshape(-1, 5).T
+    addresses, layer_bytes, pool_slots, counts, device_slots = found
+    stacks = [
+        (stack.start, len(stack) * device.layout.layer_block_bytes, start)
+        for stack, start in zip(device.layout.stacks, device.starts, strict=True)
+        if stack.start in layers
+    ]
+    first, size, start = np.array(stacks, np.int64).reshape(-1, 3).T[:, :, None]
+    copies = np.empty((3, len(stacks), len(pieces)), np.uint64)
+    copies[0] = addresses + first * layer_bytes + pool_slots * size
+    copies[1] = start + device_slots * size
+    copies[2] = counts * size
     return copies.reshape(3, -1)
 
 
-def to_host(
-    pool: PoolArena, device: DeviceArena, layers: Sequence[int], runs: Iterable[CopyRun], size: int
-) -> Copies:
+def to_host(pool: PoolArena, device: DeviceArena, layers: range, runs: Iterable[CopyRun]) -> Copies:
     """The same, the other way."""
-    return to_device(pool, device, layers, runs, size)[[1, 0, 2]]
+    return to_device(pool, device, layers, runs)[[1, 0, 2]]
 
 
 def runs_of(moves: Iterable[BlockMove]) -> list[CopyRun]:

@@ -25,7 +25,6 @@ from pie_async.cuda.peer_arena import PeerArena
 from pie_async.cuda.pool_arena import PoolArena
 from pie_async.cuda.streams import CudaEvent, CudaStream
 from pie_async.cuda.vmm import DeviceArena
-from pie_async.device.copy_runs import bridged
 from pie_async.device.protocol import Event, MemoryPlan, Pass, Span
 from pie_async.errors import DeviceFault
 from pie_async.messages import BlockMove, CopyRun, PromptLogprobs, RunIteration, SampledToken
@@ -140,9 +139,6 @@ class CudaDevice:
             stream: EventWaiter(stream, driver) for stream in (self.compute, self.h2d, self.d2h)
         }
         self._poisons = poisons
-        self._bridge_slots = self._pool.bridge_bytes // layout.layer_block_bytes
-        # Launch thread only: the runs that were staged last, and the copies that they became.
-        self._staged: tuple[Sequence[CopyRun], Sequence[CopyRun]] = ((), ())
         self._runner: Runner | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._issues: SimpleQueue[Work | None] = SimpleQueue()
@@ -216,20 +212,16 @@ class CudaDevice:
     # --- copies -----------------------------------------------------------------------------
 
     def stage(self, layers: range, runs: Sequence[CopyRun]) -> None:
-        if runs is not self._staged[0]:  # once for all layer groups
-            self._staged = runs, bridged(runs, self._bridge_slots)
-        self._copy(self.h2d, partial(self._to_device, layers, self._staged[1]))
+        self._copy(self.h2d, partial(self._to_device, layers, runs))
 
     def promote(self, moves: Sequence[BlockMove]) -> None:
         self._copy(self.h2d, partial(self._to_device, self._layers, runs_of(moves)))
 
     def demote(self, moves: Sequence[BlockMove]) -> None:
-        size, runs = self.memory.layout.layer_block_bytes, runs_of(moves)
-        self._copy(self.d2h, partial(to_host, self._pool, self.arena, self._layers, runs, size))
+        self._copy(self.d2h, partial(to_host, self._pool, self.arena, self._layers, runs_of(moves)))
 
     def _to_device(self, layers: range, runs: Sequence[CopyRun]) -> Copies:
-        size = self.memory.layout.layer_block_bytes
-        return to_device(self._pool, self.arena, layers, runs, size)
+        return to_device(self._pool, self.arena, layers, runs)
 
     @property
     def _layers(self) -> range:

@@ -42,8 +42,6 @@ class Driver:
         self._torch_streams: dict[int, torch.cuda.Stream] = {}
         self.enter_thread()
         self._neighbour: tuple[Any, Any] | None = None
-        self.neighbour_link: PeerLink = "none"
-        """How the open neighbour is reached."""
         location = _location(ordinal)
         self._memory = cuda.CUmemAllocationProp()
         self._memory.type = cuda.CUmemAllocationType.CU_MEM_ALLOCATION_TYPE_PINNED
@@ -257,9 +255,7 @@ class Driver:
         context = _checked(cuda.cuDevicePrimaryCtxRetain(gpu), "opening the neighbour")
         self._neighbour = (gpu, context)
         if ordinal == self.device.index:
-            self.neighbour_link = "nvlink"  # no slower than that
             return
-        self.neighbour_link = self.link_to(ordinal)
         try:
             _reach(context)
             with self._in_neighbour():

@@ -109,7 +109,8 @@ class FlashInferPlan:
 
         Args:
             queries: [num_tokens, heads, head_dim], last dimension contiguous.
-            kv: [slots, 2, kv_heads, block_tokens, head_dim], contiguous; holds the chunks' own.
+            kv: [slots, 2, kv_heads, block_tokens, head_dim], contiguous within a slot; holds the
+                chunks' own.
             out: [num_tokens, heads * head_dim]; rows may be strided.
         """
         # It promises nothing about kernels that let it start before they end.

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from pie_async.config import format_size
 from pie_async.core.layout import KvLayout
 from pie_async.cuda.errors import CudaFault
-from pie_async.cuda.pool_arena import PCIE_BRIDGE_BYTES, Grown
+from pie_async.cuda.pool_arena import Grown, Piece
 from pie_async.device.protocol import POOL_CHUNK_BYTES, chunk_slots_of
 from pie_async.errors import ConfigError, DeviceFault
 
@@ -25,13 +25,11 @@ CHUNK_BYTES = POOL_CHUNK_BYTES
 
 
 class HostArena:
-    """Pinned slots. Within a chunk layer-major, so that one layer of neighbours is contiguous.
+    """Pinned slots. Within a chunk stack after stack, so that one of neighbours is contiguous.
 
     Attributes:
         chunk_slots: slots that are pinned together.
     """
-
-    bridge_bytes = PCIE_BRIDGE_BYTES
 
     def __init__(
         self, driver: Driver, layout: KvLayout, *, slots: int, chunk_bytes: int = CHUNK_BYTES
@@ -59,7 +57,7 @@ class HostArena:
                 raise self._refusal
             self._thread.start()
 
-    def pieces(self, slot: int, count: int) -> Iterator[tuple[int, int, int]]:
+    def pieces(self, slot: int, count: int) -> Iterator[Piece]:
         """See `PoolArena`; a piece ends with its chunk.
 
         Blocks until they are pinned; those that `watch` has told of are.
@@ -71,8 +69,8 @@ class HostArena:
         while count:
             chunk, first = divmod(slot, self.chunk_slots)
             length = min(count, self.chunk_slots - first)
-            address = self._chunk(chunk) + first * self._slot_bytes
-            yield address, self.chunk_slots * self._slot_bytes, length
+            layer_bytes = self.chunk_slots * self._slot_bytes
+            yield Piece(self._chunk(chunk), layer_bytes, first, length)
             slot, count = slot + length, count - length
 
     def watch(self, grown: Grown) -> None:

@@ -1,7 +1,7 @@
 """The pool in the memory of a neighbour: another GPU, which the one that computes reaches directly.
 
-Its memory is there at once and does not move, so it is one piece, layer-major: neighbouring slots
-of a layer are one copy, however many they are.
+Its memory is there at once and does not move, so it is one piece, stack after stack: neighbouring
+slots of a stack are one copy, however many they are.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from pie_async.config import format_size
 from pie_async.core.layout import KvLayout
 from pie_async.cuda.errors import CudaFault
-from pie_async.cuda.pool_arena import NVLINK_BRIDGE_BYTES, PCIE_BRIDGE_BYTES, Grown
+from pie_async.cuda.pool_arena import Grown, Piece
 from pie_async.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -48,11 +48,10 @@ class PeerArena:
                 raise
             raise _too_large(pool_bytes, driver.neighbour_free_bytes()) from fault
 
-    def pieces(self, slot: int, count: int) -> Iterator[tuple[int, int, int]]:
+    def pieces(self, slot: int, count: int) -> Iterator[Piece]:
         """See `PoolArena`; it is always one."""
         if count:
-            address = self._address + slot * self._slot_bytes
-            yield address, self._slots * self._slot_bytes, count
+            yield Piece(self._address, self._slots * self._slot_bytes, slot, count)
 
     def watch(self, grown: Grown) -> None:
         """Call this now; there will never be more."""
@@ -61,11 +60,6 @@ class PeerArena:
     def resize(self, slots: int) -> None:
         """Nobody asks for it."""
         raise NotImplementedError("a pool in another GPU's memory keeps its size")
-
-    @property
-    def bridge_bytes(self) -> int:
-        is_nvlink = self._driver.neighbour_link == "nvlink"
-        return NVLINK_BRIDGE_BYTES if is_nvlink else PCIE_BRIDGE_BYTES
 
     @property
     def pinned_slots(self) -> int:

@@ -1,11 +1,14 @@
-"""The device arena: per layer one address range [resident slots | staging slots].
+"""The device arena: address ranges [resident slots | staging slots], one for every stack of layers.
 
-The staging part of layer l maps ring buffer l mod R, so a slot number means the same in every
-layer and staging costs R / L of what is streamed.
+A stack is a layer group, whose layers lie side by side in every slot, or a layer by itself
+(`KvLayout.stacks`). The staging part of a stack maps a ring buffer that stacks of other groups map
+too, so a slot number means the same in every layer, and the staging ring takes only as much of what
+is streamed as its depth is of all groups.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -25,11 +28,12 @@ class DeviceArena:
     """KV memory on the GPU.
 
     Attributes:
-        layers: per layer, [slots, 2, kv_heads, block_tokens, head_dim].
+        layout: what lies in it.
+        layers: per layer, [slots, 2, kv_heads, block_tokens, head_dim], contiguous within a slot.
+        starts: where each stack of the layout begins.
         first_staging_slot: where the staging part begins: at or above the number of resident
             slots asked for, because mappings begin at page borders.
         staging_slots: how many there are.
-        layer_bytes: from a slot to the same one of the next layer.
     """
 
     def __init__(
@@ -47,14 +51,14 @@ class DeviceArena:
             ConfigError: the card has too little memory.
         """
         self._driver = driver
-        self._layout = layout
-        self._slot_bytes = slot_bytes = layout.layer_block_bytes
+        self.layout = layout
         page = driver.page_bytes
-        slots_per_page = page // math.gcd(slot_bytes, page)
+        slots_per_page = page // math.gcd(layout.layer_block_bytes, page)
         self.first_staging_slot = -(-device_slots // slots_per_page) * slots_per_page
         self.staging_slots = staging_slots
-        slots = self.first_staging_slot + staging_slots
-        self.layer_bytes = self._paged(slots)
+        self._ring_bytes = self._paged(staging_slots, max(map(len, layout.stacks)))
+        """Of one buffer; mapped whole, also where a stack has fewer layers than another."""
+        self.starts: list[int] = []
         self._undo: list[Callable[[], None]] = []
         try:
             self._allocate(device_slots)
@@ -62,15 +66,11 @@ class DeviceArena:
         except CudaFault as fault:
             self.close()
             raise self._refused(fault, device_slots, staging_slots) from fault
-        shape = (slots, 2, layout.kv_heads, layout.block_tokens, layout.head_dim)
         self.layers = [
-            driver.view(self.address(layer, 0), slots * slot_bytes, dtype).view(shape)
-            for layer in range(layout.num_layers)
+            view
+            for stack, start in zip(layout.stacks, self.starts, strict=True)
+            for view in self._views(stack, start, dtype)
         ]
-
-    def address(self, layer: int, slot: int) -> int:
-        """Where one layer of a block lies; following slots follow."""
-        return self._start + layer * self.layer_bytes + slot * self._slot_bytes
 
     def close(self) -> None:
         """Unmap and free everything; `layers` must not be used any more."""
@@ -78,28 +78,41 @@ class DeviceArena:
         while self._undo:
             self._undo.pop()()
 
-    def _paged(self, slots: int) -> int:
-        """Bytes of whole pages that hold this many slots of one layer."""
+    def _views(self, stack: range, start: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+        layout, slots = self.layout, self.first_staging_slot + self.staging_slots
+        num_bytes = slots * len(stack) * layout.layer_block_bytes
+        shape = (2, layout.kv_heads, layout.block_tokens, layout.head_dim)
+        return self._driver.view(start, num_bytes, dtype).view(slots, len(stack), *shape).unbind(1)
+
+    def _paged(self, slots: int, layers: int) -> int:
+        """Bytes of whole pages that hold these layers of so many slots."""
         page = self._driver.page_bytes
-        return -(-slots * self._slot_bytes // page) * page
+        return -(-slots * layers * self.layout.layer_block_bytes // page) * page
 
     def _allocate(self, device_slots: int) -> None:
-        driver, num_layers = self._driver, self._layout.num_layers
-        num_bytes = num_layers * self.layer_bytes
-        self._start = start = driver.reserve(num_bytes)
+        driver, stacks = self._driver, self.layout.stacks
+        sizes = [self._before_staging(stack) + self._ring_bytes for stack in stacks]
+        num_bytes = sum(sizes)
+        start = driver.reserve(num_bytes)
         self._undo.append(lambda: driver.unreserve(start, num_bytes))
-        resident_bytes = self._paged(device_slots)
-        for layer in range(num_layers):
-            self._map(self.address(layer, 0), resident_bytes, self._memory(resident_bytes))
+        self.starts = list(itertools.accumulate(sizes[:-1], initial=start))
+        for stack, address in zip(stacks, self.starts, strict=True):
+            resident_bytes = self._paged(device_slots, len(stack))
+            self._map(address, resident_bytes, self._memory(resident_bytes))
 
     def _allocate_ring(self) -> None:
-        layout, buffer_bytes = self._layout, self._paged(self.staging_slots)
-        if not buffer_bytes:
+        if not self.staging_slots:
             return
-        buffers = [self._memory(buffer_bytes) for _ in range(layout.ring_layers)]
-        for layer in range(layout.num_layers):
-            address = self.address(layer, self.first_staging_slot)
-            self._map(address, buffer_bytes, buffers[layout.ring_buffer(layer)])
+        buffers: dict[int, int] = {}
+        for stack, start in zip(self.layout.stacks, self.starts, strict=True):
+            number = self.layout.ring_buffer(stack.start)
+            if number not in buffers:
+                buffers[number] = self._memory(self._ring_bytes)
+            self._map(start + self._before_staging(stack), self._ring_bytes, buffers[number])
+
+    def _before_staging(self, stack: range) -> int:
+        """Bytes from a stack's start to its staging part: whole pages."""
+        return self.first_staging_slot * len(stack) * self.layout.layer_block_bytes
 
     def _memory(self, num_bytes: int) -> int:
         memory = self._driver.create_memory(num_bytes)
@@ -113,9 +126,8 @@ class DeviceArena:
     def _refused(self, fault: CudaFault, device_slots: int, staging_slots: int) -> Exception:
         if not fault.is_out_of_memory:
             return fault
-        layout = self._layout
-        arena_bytes = layout.num_layers * self._paged(device_slots)
-        ring_bytes = layout.ring_layers * self._paged(staging_slots)
+        arena_bytes = sum(self._paged(device_slots, len(stack)) for stack in self.layout.stacks)
+        ring_bytes = self._paged(staging_slots, self.layout.ring_layers)
         return ConfigError(
             f"the GPU has no room for {format_size(arena_bytes)} of KV and a staging ring of "
             f"{format_size(ring_bytes)} beside the weights: "

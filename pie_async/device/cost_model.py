@@ -44,13 +44,7 @@ class Link(msgspec.Struct, frozen=True, kw_only=True):
     latency_s: float
     """Fixed cost of one copy command."""
     run_s: float
-    """Cost of every contiguous run in a copy, on the link or for the host that issues it; what
-    makes small blocks slow."""
-
-    @property
-    def bridge_bytes(self) -> int:
-        """What takes as long as one more run."""
-        return int(self.run_s * self.bytes_per_s)
+    """Cost of every contiguous run in a copy; what makes small blocks slow."""
 
 
 class ModelShape(msgspec.Struct, frozen=True, kw_only=True):
@@ -250,10 +244,10 @@ LINKS: Mapping[str, Link] = {
         Link(name="pcie4", bytes_per_s=26e9, latency_s=4e-6, run_s=0.55e-6),
         # measured: 55.4 GB/s contiguous; batched 64 KiB blocks 38 GB/s, 1 MiB blocks 53
         Link(name="pcie5", bytes_per_s=55.4e9, latency_s=4e-6, run_s=0.55e-6),
-        # measured between two H200s; what a run costs is the host's time to issue it
-        Link(name="nvlink", bytes_per_s=393e9, latency_s=4e-6, run_s=2e-6),
+        # measured between two H200s; batched 64 KiB blocks 78 GB/s, 256 KiB blocks 196
+        Link(name="nvlink", bytes_per_s=393e9, latency_s=4e-6, run_s=0.65e-6),
         # published for GH200: 377-419 GB/s to the GPU
-        Link(name="nvlink-c2c", bytes_per_s=400e9, latency_s=4e-6, run_s=2e-6),
+        Link(name="nvlink-c2c", bytes_per_s=400e9, latency_s=4e-6, run_s=0.65e-6),
     )
 }
 

@@ -13,7 +13,6 @@ import itertools
 from collections.abc import Callable, Iterable, Sequence
 
 from pie_async.config import GIB
-from pie_async.device.copy_runs import bridged
 from pie_async.device.cost_model import CostModel, Work
 from pie_async.device.happens_before import Clock
 from pie_async.device.protocol import Event, MemoryPlan, Pass, Span
@@ -194,7 +193,6 @@ class SimDevice:
         self._numbers = itertools.count()  # equal times: first come, first announced
         self._staged: tuple[Sequence[CopyRun], int] = ((), 0)
         self._staging_s = 0.0
-        self._staged_copy_s = 0.0
         self.pool_slots = memory.host_slots
         """Of the host pool that have memory."""
         self._pool_watcher: Callable[[int, str | None], None] | None = None
@@ -306,10 +304,11 @@ class SimDevice:
         if runs is not self._staged[0]:
             self._require_pooled(run.host_slot + run.count for run in runs)
             self._measure_staging(runs)
-        for layer in layers:
-            start_s = self._h2d.free_at_s
-            self._h2d.work(self._staged_copy_s)
-            if self.checker is not None:
+        start_s = self._h2d.free_at_s
+        if runs:
+            self._h2d.work(self.cost.copy_s(len(layers) * self._staged[1], len(runs)))
+        if self.checker is not None:
+            for layer in layers:
                 self.checker.stage_layer(layer, runs, start_s, self._h2d.free_at_s)
 
     def run_layers(self, forward: Pass, layers: range, *, is_staged: bool) -> None:
@@ -383,12 +382,9 @@ class SimDevice:
             )
 
     def _measure_staging(self, runs: Sequence[CopyRun]) -> None:
-        slot_bytes = self._memory.layout.layer_block_bytes
-        copied = bridged(runs, self.cost.link.bridge_bytes // slot_bytes)
-        num_bytes = sum(run.count for run in copied) * slot_bytes
+        num_bytes = sum(run.count for run in runs) * self._memory.layout.layer_block_bytes
         gpu = self.cost.gpu
         self._staged = (runs, num_bytes)
-        self._staged_copy_s = self.cost.copy_s(num_bytes, len(copied)) if copied else 0.0
         self._staging_s = gpu.staging_traffic * num_bytes / gpu.hbm_bytes_per_s / gpu.efficiency
 
     def _move(self, stream: SimStream, moves: Sequence[BlockMove]) -> None:
@@ -397,7 +393,7 @@ class SimDevice:
         self._require_pooled(move.host_slot + 1 for move in moves)
         layout = self._memory.layout
         start_s = stream.free_at_s
-        num_runs = len(moves) * layout.num_layers
+        num_runs = len(moves) * len(layout.stacks)
         stream.work(self.cost.copy_s(len(moves) * layout.block_bytes, num_runs))
         if self.checker is not None:
             self.checker.move(moves, start_s, stream.free_at_s, is_demotion=stream is self._d2h)

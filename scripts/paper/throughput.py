@@ -70,7 +70,7 @@ def _add_vllm(given: argparse.Namespace, results: Results, kv_bytes: int, mode: 
         with vllm_running(given, config, mode) as peer:
             row = measure_vllm(
                 peer, given, config, items, mode=mode, workload=given.workload,
-                requests_per_s=given.rate or 0.0, limit_s=given.seconds,
+                requests_per_s=given.rate or 0.0, limit_s=given.seconds, until=given.until,
             )  # fmt: skip
     except PeerFailed as failure:
         print(f"{mode}: {failure}", flush=True)

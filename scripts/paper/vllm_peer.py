@@ -176,13 +176,20 @@ def measure_vllm(
     workload: str,
     requests_per_s: float = 0.0,
     limit_s: float | None = None,
+    until: float = 1.0,
 ) -> Row:
-    """As `measure`, with a vLLM that runs; what only our engine says of itself is 0."""
+    """As `measure`, with a vLLM that runs; what only our engine says of itself is 0.
+
+    Args:
+        until: below 1, the steady throughput is that of a load cut off so; here `limit_s` does it,
+            late enough for three quarters of the output.
+    """
     fitting = [
         item if item.prompt_tokens + item.output_tokens <= given.context
         else clip(item, given.context)
         for item in items
     ]  # fmt: skip
+    asked_tokens = sum(item.output_tokens for item in fitting) if until < 1 else None
     requests, duration_s = peer.answer(
         fitting, seed=given.seed, limit_s=limit_s, seconds=given.vllm_seconds
     )
@@ -195,7 +202,7 @@ def measure_vllm(
             "requests_per_s": requests_per_s,
             "kv_bytes": config.device_kv_bytes,
             "mode": mode,
-            **seen_by_clients(requests, duration_s),
+            **seen_by_clients(requests, duration_s, asked_tokens),
         }
     )
 

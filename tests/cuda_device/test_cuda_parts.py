@@ -8,6 +8,7 @@ import itertools
 import threading
 import weakref
 
+import msgspec
 import pytest
 import torch
 from support.checkpoints import write_checkpoint
@@ -16,6 +17,7 @@ from support.device_rigs import LAYOUT
 from support.device_scripts import fired, issue, moves, prefill, run_resident
 from support.fake_cuda_driver import FakeDriver
 
+from pie_async.core.layout import KvLayout
 from pie_async.cuda.block_copy import runs_of, to_device, to_host
 from pie_async.cuda.errors import CudaFault
 from pie_async.cuda.host_arena import HostArena
@@ -40,16 +42,24 @@ def driver():
     assert driver.leftovers() == []
 
 
-def arena(driver: FakeDriver, **how) -> DeviceArena:
+STACKED = msgspec.structs.replace(LAYOUT, layer_group=2, is_stacked=True)
+"""Three stacks, the last of one layer."""
+
+
+def arena(driver: FakeDriver, layout: KvLayout = LAYOUT, **how) -> DeviceArena:
     sizes = {"device_slots": 10, "staging_slots": 8, "dtype": torch.float32, **how}
-    return DeviceArena(driver, LAYOUT, **sizes)
+    return DeviceArena(driver, layout, **sizes)
+
+
+both_layouts = pytest.mark.parametrize("layout", [LAYOUT, STACKED], ids=["layers", "stacks"])
 
 
 # --- the device arena -------------------------------------------------------------------------
 
 
-def test_layers_of_one_ring_buffer_share_their_staging_slots_and_nothing_else(driver):
-    one = arena(driver)
+@both_layouts
+def test_layers_of_one_ring_buffer_share_their_staging_slots_and_nothing_else(driver, layout):
+    one = arena(driver, layout)
     for layer, view in enumerate(one.layers):
         view[0].fill_(layer)
         view[one.first_staging_slot].fill_(layer)
@@ -57,8 +67,8 @@ def test_layers_of_one_ring_buffer_share_their_staging_slots_and_nothing_else(dr
         assert bool((view[0] == layer).all())
         last_writer = max(
             other
-            for other in range(LAYOUT.num_layers)
-            if LAYOUT.ring_buffer(other) == LAYOUT.ring_buffer(layer)
+            for other in range(layout.num_layers)
+            if layout.ring_buffer(other) == layout.ring_buffer(layer)
         )
         assert bool((view[one.first_staging_slot] == last_writer).all())
     del view
@@ -97,18 +107,18 @@ def test_too_little_memory_on_the_card_names_the_options_and_leaves_nothing_behi
 
 def test_one_layer_of_neighbouring_slots_is_one_piece_within_a_chunk(driver):
     host = HostArena(driver, LAYOUT, slots=16, chunk_bytes=CHUNK_BYTES)
-    assert [count for _, _, count in host.pieces(0, 5)] == [5]
-    assert [count for _, _, count in host.pieces(3, 9)] == [2, 5, 2]
+    assert [piece.num_slots for piece in host.pieces(0, 5)] == [5]
+    assert [piece.num_slots for piece in host.pieces(3, 9)] == [2, 5, 2]
     host.close()
 
 
 def test_no_two_slots_of_any_layer_overlap(driver):
     host = HostArena(driver, LAYOUT, slots=16, chunk_bytes=CHUNK_BYTES)
     starts = sorted(
-        address + layer * layer_bytes
+        piece.address + layer * piece.layer_bytes + piece.slot * SLOT
         for layer in range(LAYOUT.num_layers)
         for slot in range(16)
-        for address, layer_bytes, _ in host.pieces(slot, 1)
+        for piece in host.pieces(slot, 1)
     )
     assert len(starts) == 80
     assert all(b - a >= SLOT for a, b in itertools.pairwise(starts))
@@ -123,7 +133,7 @@ def test_a_refusal_to_pin_at_start_is_an_error_of_the_configuration():
 def test_a_refusal_to_pin_later_is_told_to_whoever_needs_that_memory():
     driver = FakeDriver(pinnable_bytes=2 * CHUNK_BYTES)
     host = HostArena(driver, LAYOUT, slots=16, chunk_bytes=CHUNK_BYTES)
-    assert [count for _, _, count in host.pieces(5, 5)] == [5]
+    assert [piece.num_slots for piece in host.pieces(5, 5)] == [5]
     with pytest.raises(ConfigError, match=r"after 25\.0 KiB of the pool"):
         list(host.pieces(10, 1))
     host.close()
@@ -164,10 +174,40 @@ def test_copies_both_ways_move_the_same_bytes(driver):
     host = HostArena(driver, LAYOUT, slots=16, chunk_bytes=CHUNK_BYTES)
     one = arena(driver)
     runs = [CopyRun(3, 1, 4)]
-    there = to_device(host, one, range(2), runs, SLOT)
-    back = to_host(host, one, range(2), runs, SLOT)
+    there = to_device(host, one, range(2), runs)
+    back = to_host(host, one, range(2), runs)
     assert back.tolist() == there[[1, 0, 2]].tolist()
     assert there[2].tolist() == [2 * SLOT, 2 * SLOT] * 2  # a chunk's border in between
+    one.close()
+    host.close()
+
+
+def test_a_block_of_a_stack_is_one_copy(driver):
+    host = HostArena(driver, STACKED, slots=16, chunk_bytes=CHUNK_BYTES)
+    one = arena(driver, STACKED)
+    assert to_device(host, one, range(2, 4), [CopyRun(3, 1, 2)])[2].tolist() == [4 * SLOT]
+    assert to_device(host, one, range(4, 5), [CopyRun(3, 1, 2)])[2].tolist() == [2 * SLOT]
+    assert to_device(host, one, range(5), [])[2].tolist() == []
+    one.close()
+    host.close()
+
+
+@both_layouts
+def test_what_is_copied_out_and_in_again_is_what_it_was_in_every_layer(driver, layout):
+    host = HostArena(driver, layout, slots=16, chunk_bytes=CHUNK_BYTES)
+    one, stream = arena(driver, layout), driver.create_stream()
+    first, layers = one.first_staging_slot, range(layout.num_layers)
+    for view in one.layers:
+        view[:10].copy_(torch.randn(view[:10].shape))
+    want = [view[:10].clone() for view in one.layers]
+    driver.copy(to_host(host, one, layers, [CopyRun(3, 0, 10)]), stream)
+    for index in range(layout.num_groups):
+        group = layout.group(index)
+        driver.copy(to_device(host, one, group, [CopyRun(7, first + 2, 5)]), stream)
+        driver.synchronize_stream(stream)
+        for layer in group:
+            assert torch.equal(one.layers[layer][first + 2 : first + 7], want[layer][4:9])
+            assert torch.equal(one.layers[layer][:10], want[layer])
     one.close()
     host.close()
 

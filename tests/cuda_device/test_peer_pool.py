@@ -38,9 +38,8 @@ def driver():
 
 def test_one_layer_of_neighbouring_slots_is_one_piece(driver):
     pool = PeerArena(driver, LAYOUT, slots=16)
-    ((start, _, count),) = pool.pieces(2, 14)
-    ((neighbour, _, _),) = pool.pieces(3, 1)
-    assert (count, neighbour - start) == (14, SLOT)
+    (piece,) = pool.pieces(2, 14)
+    assert (piece.slot, piece.num_slots, piece.layer_bytes) == (2, 14, 16 * SLOT)
     assert list(pool.pieces(2, 0)) == []
     pool.close()
 
@@ -48,10 +47,10 @@ def test_one_layer_of_neighbouring_slots_is_one_piece(driver):
 def test_no_two_slots_of_any_layer_overlap_and_all_lie_in_the_lent_memory(driver):
     pool = PeerArena(driver, LAYOUT, slots=16)
     starts = sorted(
-        address + layer * layer_bytes
+        piece.address + layer * piece.layer_bytes + piece.slot * SLOT
         for layer in range(LAYOUT.num_layers)
         for slot in range(16)
-        for address, layer_bytes, _ in pool.pieces(slot, 1)
+        for piece in pool.pieces(slot, 1)
     )
     ((lent, buffer),) = driver.lent.items()
     assert [b - a for a, b in itertools.pairwise(starts)] == [SLOT] * 79
@@ -70,7 +69,7 @@ def test_all_slots_are_there_at_once(driver):
 def test_a_run_is_one_copy_a_layer(driver):
     pool = PeerArena(driver, LAYOUT, slots=16)
     arena = DeviceArena(driver, LAYOUT, device_slots=16, staging_slots=0, dtype=torch.float32)
-    copies = to_device(pool, arena, range(2), [CopyRun(3, 1, 9)], SLOT)
+    copies = to_device(pool, arena, range(2), [CopyRun(3, 1, 9)])
     assert copies[2].tolist() == [9 * SLOT] * 2
     arena.close()
     pool.close()

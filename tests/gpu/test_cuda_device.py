@@ -78,7 +78,7 @@ def test_copies_bring_every_byte_there_and_back(driver, count: int) -> None:
     edges = [num_bytes * i // count for i in range(count + 1)]
     there = np.array(
         [
-            (pinned + first, arena.address(1, 0) + first, last - first)
+            (pinned + first, arena.starts[1] + first, last - first)
             for first, last in itertools.pairwise(edges)
         ],
         np.uint64,
@@ -105,18 +105,18 @@ def test_a_pool_in_gpu_memory_keeps_every_byte(driver, peer: int) -> None:
     arena = DeviceArena(driver, LAYOUT, device_slots=16, staging_slots=0, dtype=torch.float32)
     pool = PeerArena(driver, LAYOUT, slots=16)
     stream = driver.create_stream()
-    runs, size = [CopyRun(3, 1, 9), CopyRun(0, 12, 2)], LAYOUT.layer_block_bytes
+    runs = [CopyRun(3, 1, 9), CopyRun(0, 12, 2)]
     layers = range(LAYOUT.num_layers)
     for layer in layers:
         arena.layers[layer].copy_(torch.randn(arena.layers[layer].shape))
     want = [layer.clone() for layer in arena.layers]
     driver.synchronize_device()
-    driver.copy(to_host(pool, arena, layers, runs, size), stream)
+    driver.copy(to_host(pool, arena, layers, runs), stream)
     driver.synchronize_stream(stream)
     for layer in arena.layers:
         layer.zero_()
     driver.synchronize_device()
-    driver.copy(to_device(pool, arena, layers, runs, size), stream)
+    driver.copy(to_device(pool, arena, layers, runs), stream)
     driver.synchronize_stream(stream)
     for layer, wanted in zip(arena.layers, want, strict=True):
         assert torch.equal(layer[1:10], wanted[1:10])

@@ -53,8 +53,9 @@ class Cache:
         blocks = [-(-length // block_tokens) for length in lengths]
         slots = list(range(sum(blocks) + 3))
         random.shuffle(slots)
-        shape = (len(slots), 2, kv_heads, block_tokens, head_dim)
-        self.kv = torch.full(shape, torch.nan, dtype=dtype, device=device)
+        # One layer of three that lie side by side in every slot.
+        shape = (len(slots), 3, 2, kv_heads, block_tokens, head_dim)
+        self.kv = torch.full(shape, torch.nan, dtype=dtype, device=device)[:, 1]
         self.tables = torch.full((len(lengths) + 1, max(blocks) + 2), slots.pop(), device=device)
         self.tables = self.tables.to(torch.int32)
         for lane, length in enumerate(lengths):

@@ -76,7 +76,6 @@ class FakeDriver:
         self._links = links or {}
         self._neighbour_bytes = neighbour_bytes
         self.neighbour: int | None = None
-        self.neighbour_link = "none"
         self.lent: dict[int, ctypes.Array] = {}
         self._unreached: dict[int, range] = {}
         self._names = itertools.count(1)
@@ -261,7 +260,6 @@ class FakeDriver:
         if self.failing is not None:
             raise CudaFault("reaching the neighbour", self.failing, "as the test asked")
         self.neighbour = ordinal
-        self.neighbour_link = self._links.get(ordinal, "nvlink")
 
     def neighbour_free_bytes(self) -> int:
         assert self.neighbour is not None

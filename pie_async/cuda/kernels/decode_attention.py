@@ -218,6 +218,7 @@ def _decode_kernel(
     query_stride,
     query_head_stride,
     table_stride,
+    slot_stride,
     out_stride,
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
@@ -264,6 +265,7 @@ def _decode_kernel(
                 other=0.0,
             ),
             kv + head * (BLOCK_TOKENS * HEAD_DIM),
+            slot_stride,
             tables + lane * table_stride,
             start,
             stop,
@@ -362,7 +364,7 @@ def decode_attention(
 
     Args:
         queries: [n, heads, head_dim], last dimension contiguous.
-        kv: [slots, 2, kv_heads, block_tokens, head_dim], contiguous.
+        kv: [slots, 2, kv_heads, block_tokens, head_dim], contiguous within a slot.
         tables: [lanes + 1, max_blocks] int32 slots.
         lanes, positions: [n] int32. Position p sees max(0, p - window + 1) .. p, all in kv;
             -1 is padding, whose result is zero.
@@ -389,6 +391,7 @@ def decode_attention(
         queries.stride(0),
         queries.stride(1),
         tables.stride(0),
+        kv.stride(0),
         out.stride(0),
         kv_heads,
         heads // kv_heads,

@@ -1,7 +1,8 @@
 """What decode and prefill attention share: one tile of queries over a stretch of paged KV.
 
 The online softmax of FlashAttention (arXiv 2205.14135), in powers of two. KV is
-[slots, 2, kv_heads, block_tokens, head_dim], so the keys of one head in one slot are contiguous.
+[slots, 2, kv_heads, block_tokens, head_dim], so the keys of one head in one slot are contiguous;
+slots may be apart.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ def attend(
     weight,
     queries,
     keys,
+    slot_stride,
     table,
     start,
     stop,
@@ -55,6 +57,7 @@ def attend(
             score, sum of weights, so far.
         queries: [M, DIM].
         keys: where the head's keys of slot 0 begin.
+        slot_stride: numbers from one slot to the next.
         table: where the lane's block table begins.
         positions: of the queries, [M, 1] or, one for all, [1, 1].
         scale: of the scores, times log2(e).
@@ -68,7 +71,7 @@ def attend(
     slots = tl.load(table + ahead // BLOCK_TOKENS, mask=ahead < stop, other=0)
     for first in tl.range(start, stop, BLOCK_N, num_stages=STAGES):
         tokens = first + offsets
-        places = slots.to(tl.int64) * (2 * half) + tokens % BLOCK_TOKENS * HEAD_DIM
+        places = slots.to(tl.int64) * slot_stride + tokens % BLOCK_TOKENS * HEAD_DIM
         pointers = keys + places[:, None] + dims[None, :]
         if IS_MASKED or HEAD_DIM < DIM:
             is_there = (tokens < stop)[:, None] & (dims < HEAD_DIM)[None, :]

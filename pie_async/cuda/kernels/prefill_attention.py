@@ -97,6 +97,7 @@ def _prefill_kernel(
     query_stride,
     query_head_stride,
     table_stride,
+    slot_stride,
     out_stride,
     HAS_WINDOW: tl.constexpr,
     KV_HEADS: tl.constexpr,
@@ -149,6 +150,7 @@ def _prefill_kernel(
             weight,
             query,
             keys,
+            slot_stride,
             table,
             begin,
             all_begin,
@@ -169,6 +171,7 @@ def _prefill_kernel(
         weight,
         query,
         keys,
+        slot_stride,
         table,
         all_begin,
         all_end,
@@ -189,6 +192,7 @@ def _prefill_kernel(
         weight,
         query,
         keys,
+        slot_stride,
         table,
         all_end,
         end,
@@ -222,7 +226,8 @@ def prefill_attention(
 
     Args:
         queries: [n, heads, head_dim], last dimension contiguous.
-        kv: [slots, 2, kv_heads, block_tokens, head_dim], contiguous; holds the chunks' own KV.
+        kv: [slots, 2, kv_heads, block_tokens, head_dim], contiguous within a slot; holds the
+            chunks' own KV.
         tables: [lanes + 1, max_blocks] int32 slots.
         tiles: [num_tiles, 4] int32, of `prefill_tiles` with this config; lane -1 is padding.
         window: position p sees max(0, p - window + 1) .. p.
@@ -241,6 +246,7 @@ def prefill_attention(
         queries.stride(0),
         queries.stride(1),
         tables.stride(0),
+        kv.stride(0),
         out.stride(0),
         window is not None,
         kv_heads,

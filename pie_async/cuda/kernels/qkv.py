@@ -27,7 +27,7 @@ def rotate_and_store(
     Args:
         qkv: [n, (num_heads + 2 kv_heads) * head_dim]: queries, keys, values; rows may be apart.
         places: [n] int64, slot * block_tokens + offset in the block; negative: written nowhere.
-        kv: one layer's [slots, 2, kv_heads, block_tokens, head_dim], contiguous.
+        kv: one layer's [slots, 2, kv_heads, block_tokens, head_dim], contiguous within a slot.
         rotation: cosines and sines of `Rotary.factors`, each [n, 1, head_dim]: the halves of the
             cosines are equal, those of the sines opposite. None: no rotation.
         q_norm, k_norm: [head_dim], the RMS norms' weights; both or neither.
@@ -38,7 +38,7 @@ def rotate_and_store(
     _, _, kv_heads, block_tokens, dim = kv.shape
     rows, total = len(qkv), num_heads + 2 * kv_heads
     assert qkv.stride(1) == 1 and qkv.shape[1] == total * dim
-    assert kv.is_contiguous() and dim % 2 == 0
+    assert kv[0].is_contiguous() and dim % 2 == 0
     assert (q_norm is None) == (k_norm is None)
     queries = torch.empty((rows, num_heads, dim), dtype=qkv.dtype, device=qkv.device)
     if not rows:
@@ -56,6 +56,7 @@ def rotate_and_store(
         queries,
         qkv.stride(0),
         0 if cos is None else cos.stride(0),
+        kv.stride(0),
         eps,
         num_heads=num_heads,
         kv_heads=kv_heads,
@@ -116,6 +117,7 @@ def _rotate_and_store_kernel(
     queries,
     qkv_stride,
     rotation_stride,
+    slot_stride,
     eps,
     num_heads: tl.constexpr,
     kv_heads: tl.constexpr,
@@ -163,8 +165,8 @@ def _rotate_and_store_kernel(
     tl.store(target, low, is_inside & is_query)
     tl.store(target + half, high, is_inside & is_query)
     # Keys' heads, then values': that is also the order of a slot's.
-    kv_row = (place // block_tokens * (2 * kv_heads) + head - num_heads) * block_tokens
-    target = kv + (kv_row + place % block_tokens) * dim + column
+    kv_row = (head - num_heads) * block_tokens + place % block_tokens
+    target = kv + place // block_tokens * slot_stride + kv_row * dim + column
     kept_heads = tl.where(place >= 0, num_heads + 2 * kv_heads, 0)
     is_kept = is_column & (head >= num_heads) & (head < kept_heads)
     tl.store(target, low, is_kept)
