@@ -89,7 +89,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     iterations_in_flight: int = 2
     """Iterations issued before the first one's tokens are back: 1 or 2."""
     layer_group: int | None = None
-    """Layers staged and awaited as one; None: as suits the device."""
+    """Most layers staged and awaited as one; None: as suits the device. Groups are made as equal as
+    can be, and one more of them where the ring's depth would leave 1 over."""
     ring_depth: int | None = None
     """Layer groups that the staging ring holds, at least 2; None: as suits the device."""
     link_bytes_per_s: float | None = None

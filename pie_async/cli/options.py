@@ -168,7 +168,7 @@ FLAGS: dict[str, _Flag] = {
         str(_DEFAULTS.block_tokens), _MEMORY,
     ),
     "layer_group": _Flag(
-        "--layer-group", count, "N", "Layers staged and awaited as one.",
+        "--layer-group", count, "N", "Most layers staged and awaited as one.",
         "as suits the device", _MEMORY,
     ),
     "ring_depth": _Flag(

@@ -28,7 +28,10 @@ from pie_async.errors import ConfigError
 from pie_async.sampling_params import SamplingParams
 
 PAGE = 2 * MIB
-LLAMA = KvLayout(num_layers=32, block_tokens=16, kv_heads=8, head_dim=128, item_bytes=2)
+LLAMA = KvLayout(
+    num_layers=32, block_tokens=16, kv_heads=8, head_dim=128, item_bytes=2,
+    num_groups=32, ring_depth=3,
+)  # fmt: skip
 CARD = Card(total_bytes=140 * GIB, free_bytes=140 * GIB - 600 * MIB)
 
 

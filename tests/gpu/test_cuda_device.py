@@ -130,7 +130,10 @@ def test_a_pool_in_gpu_memory_keeps_every_byte(driver, peer: int) -> None:
 
 
 def test_a_closed_pool_in_gpu_memory_gives_its_memory_back(driver) -> None:
-    layout = KvLayout(num_layers=4, block_tokens=16, kv_heads=8, head_dim=128, item_bytes=2)
+    layout = KvLayout(
+        num_layers=4, block_tokens=16, kv_heads=8, head_dim=128, item_bytes=2,
+        num_groups=4, ring_depth=3,
+    )  # fmt: skip
     driver.open_neighbour(0)
     before = driver.neighbour_free_bytes()
     pool = PeerArena(driver, layout, slots=400)
@@ -141,7 +144,10 @@ def test_a_closed_pool_in_gpu_memory_gives_its_memory_back(driver) -> None:
 
 
 def test_a_closed_arena_gives_all_its_memory_back(driver) -> None:
-    layout = KvLayout(num_layers=4, block_tokens=16, kv_heads=8, head_dim=128, item_bytes=2)
+    layout = KvLayout(
+        num_layers=4, block_tokens=16, kv_heads=8, head_dim=128, item_bytes=2,
+        num_groups=4, ring_depth=3,
+    )  # fmt: skip
     before = driver.free_bytes()
     arena = DeviceArena(driver, layout, device_slots=400, staging_slots=200, dtype=torch.float16)
     taken = before - driver.free_bytes()

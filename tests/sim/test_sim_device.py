@@ -412,7 +412,7 @@ async def test_a_slot_reused_before_its_last_reader_was_seen_is_caught():
 # --- the launcher's waits, taken away one by one ----------------------------------------------
 
 
-SIX_LAYERS = msgspec.structs.replace(LAYOUT, num_layers=6)
+SIX_LAYERS = msgspec.structs.replace(LAYOUT, num_layers=6, num_groups=6)
 """A multiple of the ring: otherwise one wait per iteration is implied by the one before it."""
 
 
