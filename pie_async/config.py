@@ -97,6 +97,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """CPU device: rate of the link between host pool and arena; None: as fast as it goes."""
     streamed_blocks: int | None = None
     """Fix the number of blocks that may be streamed; None lets the governor decide."""
+    exchange: bool = False
+    """For measurements: after every layer group copy what was staged for it back to the pool, as
+    the paper does, although it has not changed. The pool then keeps its memory, and with `debug`
+    staging buffers are not poisoned."""
     max_queued_requests: int = 4096
     cpu_threads: int | None = None
     """CPU device: threads per torch operation; None: all cores but one."""

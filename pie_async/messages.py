@@ -169,6 +169,8 @@ class IterationStaged(Message, frozen=True, kw_only=True):
     staged_bytes: int
     busy_s: float
     """Time the copy stream was copying (not waiting for a free ring buffer)."""
+    written_back_bytes: int = 0
+    """With `exchange`: copied to the pool."""
 
 
 class SwappedIn(Message, frozen=True, kw_only=True):

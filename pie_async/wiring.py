@@ -62,7 +62,7 @@ class Actors:
             observer=observer,
         )
         to_scheduler = self.scheduler.mailbox
-        launcher = Launcher(parts.device, asyncio.get_running_loop())
+        launcher = Launcher(parts.device, asyncio.get_running_loop(), exchanges=config.exchange)
         self.delivery = DeliveryActor(to_scheduler, on_finished=on_finished, observer=observer)
         compute = ComputeActor(launcher, to_scheduler, observer=observer)
         swap_in = SwapInActor(launcher, to_scheduler, observer=observer)
@@ -129,7 +129,8 @@ def _schedule(parts: Parts, config: EngineConfig) -> Schedule:
             staging_slots=memory.staging_slots,
             first_staging_slot=memory.first_staging_slot,
             most_host_slots=memory.host_slots,
-            chunk_slots=memory.chunk_slots if config.pool_idle_s else 0,
+            # An exchange may still write to a slot that was just freed.
+            chunk_slots=memory.chunk_slots if config.pool_idle_s and not config.exchange else 0,
         ),
         block_tokens=config.block_tokens,
         token_budget=parts.limits.token_budget,

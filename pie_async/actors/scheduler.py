@@ -196,7 +196,11 @@ class SchedulerActor(Actor[SchedulerMail]):
             self._observe(launched, ran, self._staged.pop(ran.iteration, None))
 
     def _count_staged(self, staged: IterationStaged) -> None:
-        self._add(h2d_bytes=staged.staged_bytes, h2d_busy_s=staged.busy_s)
+        self._add(
+            h2d_bytes=staged.staged_bytes,
+            h2d_busy_s=staged.busy_s,
+            d2h_bytes=staged.written_back_bytes,
+        )
         if staged.iteration in self._awaiting_staging:
             launched, ran = self._awaiting_staging.pop(staged.iteration)
             self._observe(launched, ran, staged)

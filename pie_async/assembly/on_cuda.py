@@ -124,7 +124,7 @@ def _assemble_on(
         host_slots=sizes.host_slots,
         staging_slots=sizes.staging_slots,
         dtype=dtype,
-        poisons=config.debug,
+        poisons=config.debug and not config.exchange,
         in_neighbour=parse_pool(config.pool).peer is not None,
     )
     undo.pop_all()  # the device closes the driver
