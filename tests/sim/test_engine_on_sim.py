@@ -48,7 +48,7 @@ async def outputs(seed: int = 0, **options) -> tuple[list[tuple[int, ...]], Engi
     [
         ({"streamed_blocks": 60}, "demotions"),
         ({}, "demotions"),
-        ({"streamed_blocks": 60, "exchange": True}, "promotions"),
+        ({"streamed_blocks": 60, "exchange": True, "pool_idle_s": 0.001}, "promotions"),
         ({"host_pool_bytes": 0}, "preemptions_recomputed"),
         ({"layer_group": 3, "ring_depth": 2, "streamed_blocks": 20}, "demotions"),
         ({"iterations_in_flight": 1, "sim_link": "nvlink", "streamed_blocks": 60}, "promotions"),
