@@ -4,6 +4,12 @@ from __future__ import annotations
 
 import msgspec
 
+BOUNDARY_SHARE = 0.01
+"""Part of the shortest iteration that going from group to group may cost."""
+FEWEST_GROUPS, MOST_GROUPS = 4, 16
+"""Between these the cost decides: with fewer a ring of two takes more than half of what is
+streamed, with more little of its memory is left to save."""
+
 
 class KvLayout(msgspec.Struct, frozen=True, kw_only=True):
     """How one model's KV is cut into blocks and layers.
@@ -84,3 +90,14 @@ def count_groups(num_layers: int, wanted: int, ring_depth: int) -> int:
     if groups % ring_depth != 1 or num_layers == 1:
         return groups
     return groups + 1 if groups < num_layers else groups - 1
+
+
+def affordable_groups(boundary_s: float, iteration_s: float) -> int:
+    """How many layer groups are worth what they cost: more make the staging ring smaller.
+
+    Args:
+        boundary_s: what going from one group to the next takes.
+        iteration_s: the shortest iteration.
+    """
+    affordable = int(BOUNDARY_SHARE * iteration_s / boundary_s)
+    return max(FEWEST_GROUPS, min(affordable, MOST_GROUPS))

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from pie_async.core.layout import KvLayout, count_groups
+from pie_async.core.layout import KvLayout, affordable_groups, count_groups
 
 
 def layout_of(num_layers: int, num_groups: int, ring_depth: int = 2) -> KvLayout:
@@ -76,3 +76,19 @@ def test_a_single_layer_is_a_group():
 
 def test_a_partly_filled_block_counts_whole():
     assert [LAYOUT.blocks_for(n) for n in (0, 1, 16, 17, 32)] == [0, 1, 1, 2, 2]
+
+
+@pytest.mark.parametrize(
+    ("boundary_s", "iteration_s", "groups"),
+    [
+        (4.3e-6, 3.3e-3, 7),  # 8B on an H200: 8, once the ring's depth has had its say
+        (4.3e-6, 5.3e-3, 12),  # OPT-13B
+        (4.3e-6, 13.4e-3, 16),  # 32B
+        (40e-6, 3.3e-3, 4),
+        (1e-9, 1.0, 16),
+    ],
+)
+def test_more_groups_are_made_where_they_cost_little(
+    boundary_s: float, iteration_s: float, groups: int
+):
+    assert affordable_groups(boundary_s, iteration_s) == groups

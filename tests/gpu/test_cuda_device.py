@@ -30,6 +30,7 @@ from support.fake_cuda_driver import FakeDriver
 from pie_async.core.layout import KvLayout
 from pie_async.cuda.block_copy import to_device, to_host
 from pie_async.cuda.peer_arena import PeerArena
+from pie_async.cuda.rates import measure_boundary
 from pie_async.cuda.vmm import DeviceArena
 from pie_async.messages import CopyRun, TableUpdate
 
@@ -52,6 +53,13 @@ def real_driver():
     from pie_async.cuda.driver import Driver
 
     return Driver(torch.device("cuda"))
+
+
+def test_a_boundary_between_layer_groups_takes_microseconds(driver) -> None:
+    if isinstance(driver, FakeDriver):
+        assert 0 < measure_boundary(driver, size=16) < 1
+    else:
+        assert 0.5e-6 < measure_boundary(driver) < 50e-6
 
 
 def test_memory_mapped_twice_is_the_same_memory(driver) -> None:
