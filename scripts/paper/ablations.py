@@ -80,7 +80,9 @@ def variants_of(given: argparse.Namespace) -> Iterator[Variant]:
     if "prefetch" in given.parts:
         yield Variant("prefetch", "off", {"iterations_in_flight": 1})
     if "exchange" in given.parts:
-        yield Variant("exchange", "on", {"exchange": True})
+        # What is on its way out takes a ring buffer, too.
+        for depth in (given.base_ring, 2 * given.base_ring):
+            yield Variant("exchange", f"ring {depth}", {"exchange": True, "ring_depth": depth})
     if "static" in given.parts:
         yield from (Variant("static", str(n), {"streamed_blocks": n}) for n in given.static)
 
