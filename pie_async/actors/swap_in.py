@@ -48,7 +48,10 @@ class SwapInActor(Actor[SwapInMail]):
         result = await asyncio.shield(copied)
         self._scheduler.post(
             IterationStaged(
-                iteration=mail.iteration, staged_bytes=result.copied_bytes, busy_s=result.busy_s
+                iteration=mail.iteration,
+                staged_bytes=result.copied_bytes,
+                busy_s=result.busy_s,
+                written_back_bytes=result.written_back_bytes,
             )
         )
 

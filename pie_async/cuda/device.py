@@ -214,14 +214,20 @@ class CudaDevice:
     def stage(self, layers: range, runs: Sequence[CopyRun]) -> None:
         self._copy(self.h2d, partial(self._to_device, layers, runs))
 
+    def write_back(self, layers: range, runs: Sequence[CopyRun]) -> None:
+        self._copy(self.d2h, partial(self._to_host, layers, runs))
+
     def promote(self, moves: Sequence[BlockMove]) -> None:
         self._copy(self.h2d, partial(self._to_device, self._layers, runs_of(moves)))
 
     def demote(self, moves: Sequence[BlockMove]) -> None:
-        self._copy(self.d2h, partial(to_host, self._pool, self.arena, self._layers, runs_of(moves)))
+        self._copy(self.d2h, partial(self._to_host, self._layers, runs_of(moves)))
 
     def _to_device(self, layers: range, runs: Sequence[CopyRun]) -> Copies:
         return to_device(self._pool, self.arena, layers, runs)
+
+    def _to_host(self, layers: range, runs: Sequence[CopyRun]) -> Copies:
+        return to_host(self._pool, self.arena, layers, runs)
 
     @property
     def _layers(self) -> range:

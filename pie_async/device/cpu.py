@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from queue import SimpleQueue
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 
 Work = Callable[[], None]
 Listener = Callable[["CpuEvent"], None]
+Direction = Literal["in", "out"]
+"""Of a copy, as the device sees it."""
 
 
 class CpuEvent:
@@ -282,6 +284,12 @@ class CpuDevice:
     # --- copies -----------------------------------------------------------------------------
 
     def stage(self, layers: range, runs: Sequence[CopyRun]) -> None:
+        self.h2d.put(partial(self._copy_runs, layers, runs, "in"))
+
+    def write_back(self, layers: range, runs: Sequence[CopyRun]) -> None:
+        self.d2h.put(partial(self._copy_runs, layers, runs, "out"))
+
+    def _copy_runs(self, layers: range, runs: Sequence[CopyRun], direction: Direction) -> None:
         slot_bytes = self.memory.layout.layer_block_bytes
 
         def copy() -> None:
@@ -289,14 +297,11 @@ class CpuDevice:
             for layer in layers:
                 host, device = self._host_address(layer), self._device_address(layer)
                 for run in runs:
-                    ctypes.memmove(
-                        device + run.device_slot * slot_bytes,
-                        host + run.host_slot * slot_bytes,
-                        run.count * slot_bytes,
-                    )
+                    pooled = host + run.host_slot * slot_bytes
+                    staged = device + run.device_slot * slot_bytes
+                    _copy(pooled, staged, run.count * slot_bytes, direction)
 
-        num_bytes = len(layers) * sum(run.count for run in runs) * slot_bytes
-        self.h2d.put(lambda: self._at_link_rate(copy, num_bytes))
+        self._at_link_rate(copy, len(layers) * sum(run.count for run in runs) * slot_bytes)
 
     def promote(self, moves: Sequence[BlockMove]) -> None:
         num_bytes = len(moves) * self.memory.layout.block_bytes
@@ -306,7 +311,7 @@ class CpuDevice:
         num_bytes = len(moves) * self.memory.layout.block_bytes
         self.d2h.put(lambda: self._at_link_rate(lambda: self._move(moves, "out"), num_bytes))
 
-    def _move(self, moves: Sequence[BlockMove], direction: str) -> None:
+    def _move(self, moves: Sequence[BlockMove], direction: Direction) -> None:
         slot_bytes = self.memory.layout.layer_block_bytes
         self._pool.require(max((move.host_slot + 1 for move in moves), default=0))
         for layer in range(self.memory.layout.num_layers):
@@ -314,10 +319,7 @@ class CpuDevice:
             for move in moves:
                 pooled = host + move.host_slot * slot_bytes
                 resident = device + move.device_slot * slot_bytes
-                if direction == "in":
-                    ctypes.memmove(resident, pooled, slot_bytes)
-                else:
-                    ctypes.memmove(pooled, resident, slot_bytes)
+                _copy(pooled, resident, slot_bytes, direction)
 
     def _at_link_rate(self, copy: Work, num_bytes: int) -> None:
         began_s = time.perf_counter()
@@ -385,3 +387,11 @@ class CpuDevice:
         self._runner = None
         self.arena.layers.clear()
         self._pool.close()
+
+
+def _copy(pooled: int, on_device: int, num_bytes: int, direction: Direction) -> None:
+    """Between two addresses."""
+    if direction == "in":
+        ctypes.memmove(on_device, pooled, num_bytes)
+    else:
+        ctypes.memmove(pooled, on_device, num_bytes)

@@ -93,9 +93,10 @@ class Stream(Protocol):
 class Device(Protocol):
     """A device that runs a model over paged KV and copies blocks beside it.
 
-    `begin_pass` to `sample` work on the compute stream, `stage` and `promote` on h2d,
-    `demote` on d2h. All of them return as soon as the work is issued, and are called on the
-    launch thread only. Failures of issued work surface at the events recorded after it.
+    `begin_pass`, `run_layers` and `sample` work on the compute stream, `stage` and `promote` on
+    h2d, `write_back` and `demote` on d2h. All of them return as soon as the work is issued, and are
+    called on the launch thread only. Failures of issued work surface at the events recorded after
+    it.
     """
 
     @property
@@ -121,6 +122,9 @@ class Device(Protocol):
 
     def run_layers(self, forward: Pass, layers: range, *, is_staged: bool) -> None:
         """Run these layers: write the fed tokens' KV, attend over the block tables' slots."""
+
+    def write_back(self, layers: range, runs: Sequence[CopyRun]) -> None:
+        """Copy what `stage` copied back to where it came from."""
 
     def sample(self, forward: Pass) -> None:
         """Sample every row that asks for it and bring the tokens to the host."""
@@ -170,6 +174,8 @@ class CopyResult(msgspec.Struct, frozen=True, kw_only=True):
 
     copied_bytes: int
     busy_s: float
+    written_back_bytes: int = 0
+    """Copied the other way, where KV is exchanged."""
 
 
 class ComputeQueue(Protocol):
