@@ -56,7 +56,9 @@ def measure_boundary(driver: StreamDriver, *, size: int = _SIZE) -> float:
     """
     factor = torch.ones(size, size, dtype=torch.bfloat16, device=driver.device)
     product, counter = torch.empty_like(factor), torch.zeros(1, device=driver.device)
-    driver.synchronize_device()  # they were filled on torch's own stream
+    torch.mm(factor, factor, out=product)
+    counter.add_(1)  # both once before: loading a kernel takes the host longer than the backlog
+    driver.synchronize_device()  # all that was on torch's own stream
     compute, h2d = CudaStream("compute", driver), CudaStream("h2d", driver)
     try:
         with driver.torch_on(compute.handle):
