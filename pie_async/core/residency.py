@@ -335,9 +335,10 @@ class ResidencyMap:
 
     def _stage(self, block: Block) -> None:
         """If it is free, into the staging slot of its host slot's number: neighbours in the
-        pool are then neighbours in the ring, and one copy."""
+        pool are then neighbours in the ring, and one copy. Else into the highest one, whose own
+        host slot is the last to be handed out: from the lowest it would drive the next block."""
         assert block.host_slot is not None
-        slot = self.staging.take(preferred=self.staging.first + block.host_slot)
+        slot = self.staging.take(preferred=self.staging.first + block.host_slot, is_highest=True)
         assert slot is not None
         block.staging_slot = DeviceSlot(slot)
         self.streamed[block.id] = block
