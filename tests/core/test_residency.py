@@ -117,7 +117,7 @@ def test_a_block_that_cannot_leave_says_so(reason, spoil):
     assert not residency.can_demote(block, is_streamed=False)
 
 
-def test_streamed_blocks_have_the_same_number_on_both_sides_unless_the_pool_is_longer_than_the_ring():
+def test_streamed_blocks_have_one_number_on_both_sides_while_the_ring_has_it():
     """One that finds no slot of its number takes none that a block after it will want."""
     residency = a_map(device=6, host=6, staging=4)
     blocks = [a_block(residency) for _ in range(6)]
