@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import assert_never
 
+from pie_async.device.copy_results import Patience, split
 from pie_async.device.protocol import CopyResult, SwapInQueue
 from pie_async.messages import (
     IterationStaged,
@@ -31,6 +32,7 @@ class SwapInActor(Actor[SwapInMail]):
         super().__init__("swap_in", capacity=64, observer=observer)
         self._queue = queue
         self._scheduler = scheduler
+        self._patience = Patience("to the device")
 
     def handle(self, mail: SwapInMail) -> None:
         match mail:
@@ -46,18 +48,26 @@ class SwapInActor(Actor[SwapInMail]):
         self, mail: StageIteration, copied: asyncio.Future[CopyResult]
     ) -> None:
         result = await asyncio.shield(copied)
+        self._patience.take(result)
         self._scheduler.post(
             IterationStaged(
-                iteration=mail.iteration, staged_bytes=result.copied_bytes, busy_s=result.busy_s
+                iteration=mail.iteration,
+                staged_bytes=result.copied_bytes,
+                busy_s=result.busy_s,
+                failed_attempts=result.failed_attempts,
             )
         )
 
     async def _announce_swapped_in(self, mail: SwapIn, copied: asyncio.Future[CopyResult]) -> None:
         result = await asyncio.shield(copied)
+        self._patience.take(result)
+        blocks, failed = split(mail.moves, result)
         self._scheduler.post(
             SwappedIn(
-                blocks=tuple(move.block for move in mail.moves),
+                blocks=blocks,
                 swapped_bytes=result.copied_bytes,
                 busy_s=result.busy_s,
+                failed=failed,
+                failed_attempts=result.failed_attempts,
             )
         )

@@ -12,7 +12,7 @@ import asyncio
 import ctypes
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from queue import SimpleQueue
 from typing import TYPE_CHECKING
@@ -21,9 +21,13 @@ import torch
 
 from pie_async.core.layout import KvLayout
 from pie_async.device.aliased_arena import AliasedArena
+from pie_async.device.attempts import Attempts, Mark, Tamper
+from pie_async.device.checksums import Checksums
+from pie_async.device.copy_runs import host_slots_of, runs_of, singles
 from pie_async.device.cpu_pool import CpuPool
 from pie_async.device.protocol import Event, MemoryPlan, Pass, Span, chunk_slots_of
 from pie_async.errors import DeviceFault
+from pie_async.ids import HostSlot
 from pie_async.messages import (
     BlockMove,
     CopyRun,
@@ -31,6 +35,7 @@ from pie_async.messages import (
     RunIteration,
     SampledToken,
 )
+from pie_async.runtime.faults import CopyKind
 
 if TYPE_CHECKING:
     from pie_async.model.runner import ModelPass, ModelRunner
@@ -46,6 +51,7 @@ class CpuEvent:
         "_gate",
         "_listeners",
         "_lock",
+        "attempts",
         "busy_s",
         "fault",
         "has_fired",
@@ -57,6 +63,7 @@ class CpuEvent:
         self.stream = stream
         self.busy_s = 0.0
         self.waited_s = 0.0
+        self.attempts: Mark = (0, 0)
         self.fault: BaseException | None = None
         self.has_fired = False
         # A bare lock, held until the event fires: a waiter passes through it. Half the cost of
@@ -68,6 +75,7 @@ class CpuEvent:
 
     def fire(self, *, busy_s: float, waited_s: float, fault: BaseException | None) -> None:
         self.busy_s, self.waited_s, self.fault = busy_s, waited_s, fault
+        self.attempts = self.stream.attempts.mark()
         with self._lock:
             self.has_fired = True
             listeners = self._listeners
@@ -98,6 +106,8 @@ class CpuStream:
 
     def __init__(self, name: str) -> None:
         self.name = name
+        self.attempts = Attempts()
+        """Counted on the stream's thread."""
         self._work: SimpleQueue[Work | None] = SimpleQueue()
         self._busy_s = 0.0
         self._waited_s = 0.0
@@ -125,6 +135,9 @@ class CpuStream:
                 self._busy_s += time.perf_counter() - began_s
 
         self._work.put(timed)
+
+    def delay(self, seconds: float) -> None:
+        self.put(partial(time.sleep, seconds))
 
     def record(self) -> CpuEvent:
         event = CpuEvent(self)
@@ -188,6 +201,7 @@ class CpuDevice:
         threads: int | None = None,
         poisons: bool = False,
         chunk_slots: int | None = None,
+        checks_copies: bool = False,
     ) -> None:
         """Set memory aside; pages are committed as they are used.
 
@@ -197,6 +211,7 @@ class CpuDevice:
             threads: that one torch operation of the compute stream uses; None: as torch chooses.
             poisons: overwrite staging buffers with NaN once they have been read.
             chunk_slots: by which the host pool's memory is given back; None: the usual.
+            checks_copies: compare checksums of what was copied with those of its source.
         """
         self.arena = AliasedArena(
             layout, device_slots=device_slots, staging_slots=host_slots, dtype=dtype
@@ -217,7 +232,10 @@ class CpuDevice:
         self._pool_watcher: Callable[[int, str | None], None] | None = None
         self._link_bytes_per_s = link_bytes_per_s
         self._threads = threads
+        self._item_bytes = dtype.itemsize
         self._poisons = poisons
+        self._checksums = Checksums(layout.layer_block_bytes) if checks_copies else None
+        self.tamper: Tamper | None = None
         self._runner: ModelRunner | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
 
@@ -282,56 +300,91 @@ class CpuDevice:
     # --- copies -----------------------------------------------------------------------------
 
     def stage(self, layers: range, runs: Sequence[CopyRun]) -> None:
-        slot_bytes = self.memory.layout.layer_block_bytes
-
-        def copy() -> None:
-            self._pool.require(max((run.host_slot + run.count for run in runs), default=0))
-            for layer in layers:
-                host, device = self._host_address(layer), self._device_address(layer)
-                for run in runs:
-                    ctypes.memmove(
-                        device + run.device_slot * slot_bytes,
-                        host + run.host_slot * slot_bytes,
-                        run.count * slot_bytes,
-                    )
-
-        num_bytes = len(layers) * sum(run.count for run in runs) * slot_bytes
-        self.h2d.put(lambda: self._at_link_rate(copy, num_bytes))
+        self.h2d.put(partial(self._copy, self.h2d, "stage", layers, runs))
 
     def promote(self, moves: Sequence[BlockMove]) -> None:
-        num_bytes = len(moves) * self.memory.layout.block_bytes
-        self.h2d.put(lambda: self._at_link_rate(lambda: self._move(moves, "in"), num_bytes))
+        self.h2d.put(partial(self._copy, self.h2d, "promote", self._all_layers, runs_of(moves)))
 
     def demote(self, moves: Sequence[BlockMove]) -> None:
-        num_bytes = len(moves) * self.memory.layout.block_bytes
-        self.d2h.put(lambda: self._at_link_rate(lambda: self._move(moves, "out"), num_bytes))
+        self.d2h.put(partial(self._copy, self.d2h, "demote", self._all_layers, runs_of(moves)))
 
-    def _move(self, moves: Sequence[BlockMove], direction: str) -> None:
-        slot_bytes = self.memory.layout.layer_block_bytes
-        self._pool.require(max((move.host_slot + 1 for move in moves), default=0))
-        for layer in range(self.memory.layout.num_layers):
-            host, device = self._host_address(layer), self._device_address(layer)
-            for move in moves:
-                pooled = host + move.host_slot * slot_bytes
-                resident = device + move.device_slot * slot_bytes
-                if direction == "in":
-                    ctypes.memmove(resident, pooled, slot_bytes)
-                else:
-                    ctypes.memmove(pooled, resident, slot_bytes)
+    @property
+    def _all_layers(self) -> range:
+        return range(self.memory.layout.num_layers)
 
-    def _at_link_rate(self, copy: Work, num_bytes: int) -> None:
-        began_s = time.perf_counter()
-        copy()
+    def _copy(
+        self, stream: CpuStream, kind: CopyKind, layers: range, runs: Sequence[CopyRun]
+    ) -> None:
+        """Copy, again if that goes wrong; what stays wrong is marked in the stream's attempts."""
+        self._pool.require(max((run.host_slot + run.count for run in runs), default=0))
+        damaged: Sequence[int] = ()
+        for _ in stream.attempts.numbers():
+            outcome = "arrives" if self.tamper is None else self.tamper(kind)
+            damaged = host_slots_of(runs)
+            if outcome != "fails":
+                self._at_link_rate(kind, layers, runs)
+                if outcome == "corrupted":
+                    self._spoil(kind, layers, runs)
+                damaged = self._arrived_wrong(kind, layers, runs)
+            if not damaged:
+                return
+        stream.attempts.give_up(map(HostSlot, damaged))
+        if kind == "stage":  # it will be read: let it be finite, and nobody's
+            self._clear(layers, runs, set(damaged))
+
+    def _pieces(
+        self, kind: CopyKind, layers: range, runs: Sequence[CopyRun]
+    ) -> Iterator[tuple[int, int, int]]:
+        """(source, destination, bytes) of every run in every layer."""
+        size = self.memory.layout.layer_block_bytes
+        for layer in layers:
+            pool, arena = self._pool.address(layer), self.arena.layers[layer].data_ptr()
+            for run in runs:
+                there, here = pool + run.host_slot * size, arena + run.device_slot * size
+                ends = (here, there) if kind == "demote" else (there, here)
+                yield *ends, run.count * size
+
+    def _at_link_rate(self, kind: CopyKind, layers: range, runs: Sequence[CopyRun]) -> None:
+        began_s, num_bytes = time.perf_counter(), 0
+        for source, destination, length in self._pieces(kind, layers, runs):
+            ctypes.memmove(destination, source, length)
+            num_bytes += length
         if self._link_bytes_per_s is not None:
             rest_s = num_bytes / self._link_bytes_per_s - (time.perf_counter() - began_s)
             if rest_s > 0:
                 time.sleep(rest_s)
 
-    def _host_address(self, layer: int) -> int:
-        return self._pool.address(layer)
+    def _arrived_wrong(
+        self, kind: CopyKind, layers: range, runs: Sequence[CopyRun]
+    ) -> Sequence[HostSlot]:
+        """Host slots whose copies have other checksums than they should."""
+        sums = self._checksums
+        if sums is None:
+            return ()
+        wrong: set[HostSlot] = set()
+        slots = host_slots_of(runs)
+        pieces = list(self._pieces(kind, layers, [one for run in runs for one in singles(run)]))
+        for number, (source, destination, _) in enumerate(pieces):
+            layer, slot = layers[number // len(slots)], slots[number % len(slots)]
+            if kind == "demote":
+                sums.remember(slot, layer, source)
+            if not sums.is_right(slot, layer, destination):
+                wrong.add(slot)
+        return sorted(wrong)
 
-    def _device_address(self, layer: int) -> int:
-        return self.arena.layers[layer].data_ptr()
+    def _spoil(self, kind: CopyKind, layers: range, runs: Sequence[CopyRun]) -> None:
+        """Turn one bit of what was copied, for plans of faults."""
+        for _, destination, _ in self._pieces(kind, layers[:1], runs[:1]):
+            # In the exponent of the first number: who reads it is to notice.
+            byte = ctypes.c_ubyte.from_address(destination + self._item_bytes - 1)
+            byte.value ^= 0x08
+
+    def _clear(self, layers: range, runs: Sequence[CopyRun], damaged: set[int]) -> None:
+        for run in runs:
+            for one in singles(run):
+                if one.host_slot in damaged:
+                    for layer in layers:
+                        self.arena.layers[layer][one.device_slot].zero_()
 
     # --- completions ------------------------------------------------------------------------
 
@@ -357,7 +410,8 @@ class CpuDevice:
 
     def span(self, first: Event, last: Event) -> Span:
         assert isinstance(first, CpuEvent) and isinstance(last, CpuEvent)
-        return Span(last.busy_s - first.busy_s, last.waited_s - first.waited_s)
+        attempts = first.stream.attempts.between(first.attempts, last.attempts)
+        return Span(last.busy_s - first.busy_s, last.waited_s - first.waited_s, *attempts)
 
     def watch_pool(self, grown: Callable[[int, str | None], None]) -> None:
         """All of the pool is there from the start."""

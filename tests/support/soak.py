@@ -14,7 +14,6 @@ from pie_async.errors import PieError
 from pie_async.metrics import EngineStats
 from pie_async.runtime.virtual_time import VirtualTimeLoop
 from pie_async.sampling_params import SamplingParams
-from pie_async.story import Story
 
 BLOCK_TOKENS = 16
 BLOCK_BYTES = 32 * KIB
@@ -161,11 +160,8 @@ async def _run(scenario: Scenario, everything_fits: bool, with_story: bool) -> O
 
 def keep_whole_story(engine: Engine) -> None:
     """Remember every message from now on, not only the last ones."""
-    actors = engine._actors
-    assert actors is not None
-    engine.story = Story(asyncio.get_running_loop().time, length=10**6)
-    for actor in actors.supervisor._actors:
-        actor._observer = engine.story.note
+    assert engine.story is not None
+    engine.story.keep_all()
 
 
 async def _read(engine: Engine, number: int, load: Load, outcome: Outcome) -> None:
