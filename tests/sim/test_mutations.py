@@ -285,8 +285,8 @@ def seal_at_once() -> AbstractContextManager[object]:
     """Blocks count as sealed as soon as the iteration that fills them is issued."""
     launch = _Batch.launch
 
-    def hasty(self) -> None:
-        launch(self)
+    def hasty(self, staged) -> None:
+        launch(self, staged)
         for seq in self._sequences:
             known = min(seq.num_launched, len(seq.tokens))
             seq.num_settled = max(seq.num_settled, known)
