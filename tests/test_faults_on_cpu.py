@@ -77,11 +77,25 @@ async def test_readers_of_what_could_not_be_staged_are_computed_again(
     assert stats.sequences_lost == 0
 
 
-async def test_corruption_without_checksums_changes_tokens(right: Tokens):
+async def test_corruption_without_checksums_is_computed_with():
     """Otherwise the tests above would prove little."""
-    found, stats = await outputs(CopyCorrupted(probability=0.5, copies=("demote", "stage")))
-    assert found != right
-    assert stats.copy_attempts_failed == 0
+
+    async def logprobs(*faults: Fault) -> list[float]:
+        plan = FaultPlan(faults=faults) if faults else None
+        async with Engine(faults=plan, **TIGHT) as engine:
+            params = SamplingParams(temperature=0.0, max_tokens=60, ignore_eos=True, logprobs=0)
+            async for output in engine.generate([40 + i for i in range(200)], params):
+                last = output.outputs[0]
+            assert engine.stats().copy_attempts_failed == 0
+            return [
+                entry[token].logprob
+                for token, entry in zip(last.token_ids, last.logprobs, strict=True)
+            ]
+
+    calm, again = await logprobs(), await logprobs()
+    corrupted = await logprobs(CopyCorrupted(at=tuple(range(1, 200)), copies=("demote",)))
+    assert again == pytest.approx(calm, abs=1e-4)
+    assert corrupted != pytest.approx(calm, abs=1e-4)
 
 
 async def test_checksums_find_nothing_wrong_where_nothing_is(right: Tokens):
