@@ -151,7 +151,7 @@ def sender_of(message: Any) -> str:
     return SENDERS.get(type(message), "")
 
 
-def arm(plan: FaultPlan, *spared: type[Fault], why: str) -> Faults:
+def arm(plan: FaultPlan, *spared: type[Fault], why: str = "") -> Faults:
     """Get a plan ready for an engine.
 
     Args:
