@@ -349,6 +349,11 @@ class Engine:
         return self.is_running and not self._is_draining
 
     @property
+    def failure(self) -> PieError | None:
+        """Why it stopped; None while it runs, and when it was closed."""
+        return self._failure
+
+    @property
     def model(self) -> ModelInfo:
         return self._loaded().model
 

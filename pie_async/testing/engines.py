@@ -1,0 +1,100 @@
+"""Engines for tests, checked when the test is over; and the loop to run them on."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Coroutine, Iterable
+from contextlib import asynccontextmanager
+from functools import partial
+from typing import Any, TypeVar
+
+from pie_async.config import KIB
+from pie_async.engine import Engine
+from pie_async.runtime.faults import AnyFault, FaultPlan
+from pie_async.runtime.virtual_time import VirtualTimeLoop
+from pie_async.testing.checks import check_returned
+from pie_async.testing.stories import check_answered
+
+T = TypeVar("T")
+
+BLOCK_BYTES = 32 * KIB
+"""A KV block of the simulated model "tiny": 16 tokens."""
+
+
+def run_in_virtual_time(main: Coroutine[Any, Any, T], *, order_seed: int | None = None) -> T:
+    """As `asyncio.run`, on a clock that jumps to the next timer whenever all tasks wait.
+
+    Args:
+        order_seed: draws which of the ready callbacks runs next; None: first come, first served.
+
+    Raises:
+        Deadlock: all tasks wait and no timer is set; names where they wait.
+    """
+    loop_factory = partial(VirtualTimeLoop, order_seed=order_seed)
+    with asyncio.Runner(loop_factory=loop_factory) as runner:
+        return runner.run(main)
+
+
+@asynccontextmanager
+async def simulated_engine(
+    *,
+    device_blocks: int = 64,
+    host_blocks: int = 256,
+    faults: FaultPlan | Iterable[AnyFault] | None = None,
+    may_stop: bool = False,
+    **options: Any,
+) -> AsyncIterator[Engine]:
+    """A started engine on the simulated device, with its checker and all invariants on.
+
+    Its story is kept whole. When the block is left, `checked` says what must hold.
+
+    Args:
+        device_blocks: KV blocks of 16 tokens that the device holds.
+        host_blocks: that the pool holds.
+        faults: what is to go wrong with it.
+        may_stop: it is all right if the engine stops.
+        options: other fields of `EngineConfig`.
+    """
+    if faults is not None and not isinstance(faults, FaultPlan):
+        faults = FaultPlan(faults=tuple(faults))
+    defaults: dict[str, Any] = {
+        "device": "sim",
+        "model": "tiny",
+        "debug": True,
+        "device_kv_bytes": device_blocks * BLOCK_BYTES,
+        "host_pool_bytes": host_blocks * BLOCK_BYTES,
+    }
+    engine = Engine(faults=faults, **(defaults | options))
+    async with checked(engine, may_stop=may_stop):
+        yield engine
+
+
+@asynccontextmanager
+async def checked(engine: Engine, *, may_stop: bool = False) -> AsyncIterator[Engine]:
+    """Start an engine; at the end drain it and see that it gave everything back.
+
+    If the block raises, the engine is closed and nothing is checked.
+
+    Raises:
+        AssertionError, InvariantBroken: something is still held, a command had no end or two,
+            or tasks of the engine are left.
+        EngineStopped: it stopped, and may not.
+    """
+    async with engine:
+        assert engine.story is not None
+        engine.story.keep_all()
+        yield engine
+        if engine.is_running:
+            await engine.drain()
+            check_returned(engine)
+            check_answered(engine.story)
+        elif not may_stop and engine.failure is not None:
+            raise engine.failure
+    left = [task.get_name() for task in asyncio.all_tasks() if task.get_name() in _TASKS]
+    assert not left, f"tasks of the engine are left: {left}"
+
+
+_TASKS = {
+    "pie-supervisor",
+    *("delivery", "scheduler", "compute", "swap_in", "swap_out", "expansion_governor"),
+}
