@@ -28,7 +28,11 @@ def assemble(
     if faults is None:
         return _assemble(config, progress)
     _refuse_memory(config, faults)
-    parts = _assemble(config, progress)
+    return with_faults(_assemble(config, progress), faults)
+
+
+def with_faults(parts: Parts, faults: Faults) -> Parts:
+    """The same parts, whose device fails as planned."""
     return msgspec.structs.replace(parts, device=FaultyDevice(parts.device, faults))
 
 

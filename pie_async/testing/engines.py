@@ -17,6 +17,8 @@ from pie_async.testing.stories import check_answered
 
 T = TypeVar("T")
 
+DEADLOCK_S = 2.0
+"""Real seconds after which a loop on which nothing happens is called deadlocked."""
 BLOCK_BYTES = 32 * KIB
 """A KV block of the simulated model "tiny": 16 tokens."""
 
@@ -30,7 +32,7 @@ def run_in_virtual_time(main: Coroutine[Any, Any, T], *, order_seed: int | None 
     Raises:
         Deadlock: all tasks wait and no timer is set; names where they wait.
     """
-    loop_factory = partial(VirtualTimeLoop, order_seed=order_seed)
+    loop_factory = partial(VirtualTimeLoop, order_seed=order_seed, deadlock_after_s=DEADLOCK_S)
     with asyncio.Runner(loop_factory=loop_factory) as runner:
         return runner.run(main)
 
