@@ -211,6 +211,8 @@ class KvChecker:
         for fed in rows:
             row, end = fed.row, fed.row.start + len(fed.tokens)
             table = self._table(row, self._layout.blocks_for(end))
+            if self._is_new(row) and self._finds_damage(row, table):
+                self.damaged.add(row.sequence)
             if row.sequence in self.damaged:
                 for block in range(row.start // block_tokens, self._layout.blocks_for(end)):
                     writes.append(table[block])
@@ -256,6 +258,18 @@ class KvChecker:
                 f"{row.lane} has {len(table)}"
             )
         return table
+
+    def _is_new(self, row: Row) -> bool:
+        """Whether it starts on a prefix that others computed."""
+        return row.start > 0 and not self._prefixes.get(row.sequence)
+
+    def _finds_damage(self, row: Row, table: list[int]) -> bool:
+        """Whether staging has just failed for a block that it starts on, which the engine knows."""
+        staged = [
+            s for s in table[: row.start // self._layout.block_tokens] if self.memory.is_staging(s)
+        ]
+        locations = self.memory.device(slots_array(staged), 0).tolist()
+        return any(self.memory.tag(location) == DAMAGED for location in locations)
 
     def _prefix(self, row: Row, table: list[int]) -> list[int | None]:
         """The prefix hashes of a sequence, adopted from the blocks it was given if it is new."""
