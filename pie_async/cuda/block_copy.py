@@ -47,5 +47,3 @@ def to_device(
 def to_host(pool: PoolArena, device: DeviceArena, layers: range, runs: Iterable[CopyRun]) -> Copies:
     """The same, the other way."""
     return to_device(pool, device, layers, runs)[[1, 0, 2]]
-
-
