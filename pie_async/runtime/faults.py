@@ -8,7 +8,6 @@ switched by a seed). docs/reliability.md says what each point does on which devi
 
 from __future__ import annotations
 
-import logging
 import random
 import re
 import threading
@@ -20,8 +19,6 @@ from typing import Any, Literal, TypeVar, get_args
 import msgspec
 
 from pie_async.errors import ConfigError
-
-_log = logging.getLogger(__name__)
 
 CopyKind = Literal["stage", "promote", "demote"]
 StreamName = Literal["compute", "h2d", "d2h"]

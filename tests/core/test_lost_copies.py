@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import pytest
+
+from pie_async.core import invariants
 from pie_async.core.schedule import MOST_LOSSES
 from tests.support.perfect_device import PerfectDevice, a_schedule, assert_all_returned, token_at
 
@@ -56,6 +59,11 @@ def test_who_read_what_was_not_staged_starts_over_and_the_others_go_on():
     device.settle(unstaged=1)
     assert len(device.outputs[long]) == told
     assert device.schedule.damaged == {long}
+    invariants.check(device.schedule)
+    device.schedule.sequences[long].launches_in_flight = 0
+    with pytest.raises(invariants.InvariantBroken, match=f"damaged sequence {long} waits for no"):
+        invariants.check(device.schedule)
+    device.schedule.sequences[long].launches_in_flight = 1
     device.run()
     assert device.ended == {long: "length", short: "length"}
     assert tokens_of(device, long, 40, 12)

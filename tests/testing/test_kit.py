@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -36,6 +38,7 @@ from pie_async.testing import (
 )
 from pie_async.testing.checks import schedule_of
 
+ROOT = Path(__file__).parents[2]
 PARAMS = SamplingParams(max_tokens=40, seed=5, n=2)
 
 
@@ -199,22 +202,23 @@ async def test_that_keeps_what_it_should_not(sim_engine):
 """
 
 
-def test_it_works_in_somebody_elses_project(tmp_path: Path):
-    (tmp_path / "conftest.py").write_text('pytest_plugins = ["pie_async.testing.plugin"]\n')
+def test_it_works_in_somebody_elses_project_as_the_page_says(tmp_path: Path):
+    conftest, page_test = python_blocks(ROOT / "docs" / "testing.md")[:2]
+    (tmp_path / "conftest.py").write_text(conftest)
     (tmp_path / "test_elsewhere.py").write_text(ELSEWHERE)
+    (tmp_path / "test_of_the_page.py").write_text(page_test)
     ran = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tmp_path)],
+        [sys.executable, "-m", "pytest", "-q", "-o", "asyncio_mode=auto", "-p", "no:cacheprovider"],
         cwd=tmp_path,
-        env=_environment(),
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         check=False,
     )
-    assert "3 passed, 1 error" in ran.stdout or "4 passed, 1 error" in ran.stdout, ran.stdout
-    assert "not returned" in ran.stdout or "lanes" in ran.stdout
+    assert "6 passed, 1 error" in ran.stdout, ran.stdout
+    assert "1 lanes for 0 running" in ran.stdout
 
 
-def _environment() -> dict[str, str]:
-    import os
-
-    return os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+def python_blocks(page: Path) -> list[str]:
+    """The Python in a page, in order."""
+    return re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
