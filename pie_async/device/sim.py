@@ -291,6 +291,7 @@ class SimDevice:
     def close(self) -> None:
         """See `Device`."""
         self._loop = None
+        self._announcements.clear()  # nobody is left to be told
 
     # --- work -------------------------------------------------------------------------------
 
