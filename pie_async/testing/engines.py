@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Coroutine, Iterable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Coroutine, Iterable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from functools import partial
 from typing import Any, TypeVar
 
@@ -31,10 +31,35 @@ def run_in_virtual_time(main: Coroutine[Any, Any, T], *, order_seed: int | None 
 
     Raises:
         Deadlock: all tasks wait and no timer is set; names where they wait.
+        ExceptionGroup: callbacks or tasks failed that nobody awaited.
     """
     loop_factory = partial(VirtualTimeLoop, order_seed=order_seed, deadlock_after_s=DEADLOCK_S)
-    with asyncio.Runner(loop_factory=loop_factory) as runner:
+    with asyncio.Runner(loop_factory=loop_factory) as runner, none_unheard(runner.get_loop()):
         return runner.run(main)
+
+
+@contextmanager
+def none_unheard(loop: asyncio.AbstractEventLoop) -> Iterator[None]:
+    """What failed meanwhile without anybody being told, such as a callback, fails the test.
+
+    Raises:
+        ExceptionGroup: with what failed, unless the block itself raises.
+    """
+    unheard: list[Exception] = []
+
+    def hear(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        loop.default_exception_handler(context)
+        error = context.get("exception")
+        unheard.append(error if isinstance(error, Exception) else RuntimeError(context["message"]))
+
+    before = loop.get_exception_handler()
+    loop.set_exception_handler(hear)
+    try:
+        yield
+    finally:
+        loop.set_exception_handler(before)
+    if unheard:
+        raise ExceptionGroup("failed, and nobody was told", unheard)
 
 
 @asynccontextmanager
@@ -81,11 +106,13 @@ async def checked(engine: Engine, *, may_stop: bool = False) -> AsyncIterator[En
         AssertionError, InvariantBroken: something is still held, a command had no end or two,
             or tasks of the engine are left.
         EngineStopped: it stopped, and may not.
+        ExceptionGroup: callbacks or tasks failed that nobody awaited.
     """
     async with engine:
         assert engine.story is not None
         engine.story.keep_all()
-        yield engine
+        with none_unheard(asyncio.get_running_loop()):
+            yield engine
         if engine.is_running:
             await engine.drain()
             check_returned(engine)

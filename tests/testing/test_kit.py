@@ -148,6 +148,18 @@ def test_virtual_time_jumps_and_names_a_deadlock():
         run_in_virtual_time(never())
 
 
+async def test_a_callback_that_fails_unheard_fails_the_test(caplog):
+    def fail() -> None:
+        raise ZeroDivisionError("in a callback")
+
+    with pytest.raises(ExceptionGroup, match="nobody was told") as raised:
+        async with simulated_engine() as engine:
+            asyncio.get_running_loop().call_soon(fail)
+            await ask(engine, [1, 2, 3], PARAMS)
+    assert isinstance(raised.value.exceptions[0], ZeroDivisionError)
+    assert "in a callback" in caplog.text
+
+
 @pytest.mark.sim_engine(device_blocks=8, host_blocks=0)
 async def test_the_fixture_takes_options_from_its_mark(sim_engine):
     assert sim_engine.stats().device_blocks == 8
