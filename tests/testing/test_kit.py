@@ -152,10 +152,13 @@ async def test_a_callback_that_fails_unheard_fails_the_test(caplog):
     def fail() -> None:
         raise ZeroDivisionError("in a callback")
 
-    with pytest.raises(ExceptionGroup, match="nobody was told") as raised:
+    async def use() -> None:
         async with simulated_engine() as engine:
             asyncio.get_running_loop().call_soon(fail)
             await ask(engine, [1, 2, 3], PARAMS)
+
+    with pytest.raises(ExceptionGroup, match="nobody was told") as raised:
+        await use()
     assert isinstance(raised.value.exceptions[0], ZeroDivisionError)
     assert "in a callback" in caplog.text
 
