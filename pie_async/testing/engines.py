@@ -103,33 +103,18 @@ async def checked(engine: Engine, *, may_stop: bool = False) -> AsyncIterator[En
     If the block raises, the engine is closed and nothing is checked.
 
     Raises:
-        AssertionError, InvariantBroken: something is still held, a command had no end or two,
-            or tasks of the engine are left.
+        AssertionError, InvariantBroken: something is still held, or a command had no end or two.
         EngineStopped: it stopped, and may not.
         ExceptionGroup: callbacks or tasks failed that nobody awaited.
     """
     with none_unheard(asyncio.get_running_loop()):
-        async with _checked(engine, may_stop=may_stop):
+        async with engine:
+            assert engine.story is not None
+            engine.story.keep_all()
             yield engine
-    left = [task.get_name() for task in asyncio.all_tasks() if task.get_name() in _TASKS]
-    assert not left, f"tasks of the engine are left: {left}"
-
-
-@asynccontextmanager
-async def _checked(engine: Engine, *, may_stop: bool) -> AsyncIterator[None]:
-    async with engine:
-        assert engine.story is not None
-        engine.story.keep_all()
-        yield
-        if engine.is_running:
-            await engine.drain()
-            check_returned(engine)
-            check_answered(engine.story)
-        elif not may_stop and engine.failure is not None:
-            raise engine.failure
-
-
-_TASKS = {
-    "pie-supervisor",
-    *("delivery", "scheduler", "compute", "swap_in", "swap_out", "expansion_governor"),
-}
+            if engine.is_running:
+                await engine.drain()
+                check_returned(engine)
+                check_answered(engine.story)
+            elif not may_stop and engine.failure is not None:
+                raise engine.failure
