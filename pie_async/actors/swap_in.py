@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import assert_never
 
-from pie_async.device.copy_results import Patience, split
+from pie_async.core.lost_copies import Patience, split
 from pie_async.device.protocol import CopyResult, SwapInQueue
 from pie_async.messages import (
     IterationStaged,
@@ -48,7 +48,7 @@ class SwapInActor(Actor[SwapInMail]):
         self, mail: StageIteration, copied: asyncio.Future[CopyResult]
     ) -> None:
         result = await asyncio.shield(copied)
-        self._patience.take(result)
+        self._patience.take(result.damaged)
         self._scheduler.post(
             IterationStaged(
                 iteration=mail.iteration,
@@ -60,8 +60,8 @@ class SwapInActor(Actor[SwapInMail]):
 
     async def _announce_swapped_in(self, mail: SwapIn, copied: asyncio.Future[CopyResult]) -> None:
         result = await asyncio.shield(copied)
-        self._patience.take(result)
-        blocks, failed = split(mail.moves, result)
+        self._patience.take(result.damaged)
+        blocks, failed = split(mail.moves, result.damaged)
         self._scheduler.post(
             SwappedIn(
                 blocks=blocks,

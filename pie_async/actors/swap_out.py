@@ -9,7 +9,7 @@ from typing import assert_never
 
 import msgspec
 
-from pie_async.device.copy_results import Patience, split
+from pie_async.core.lost_copies import Patience, split
 from pie_async.device.protocol import CopyResult, SwapOutQueue
 from pie_async.errors import MailboxClosed
 from pie_async.messages import (
@@ -82,8 +82,8 @@ class SwapOutActor(Actor[SwapOutMail]):
 
     async def _announce(self, mail: SwapOut, copied: asyncio.Future[CopyResult]) -> None:
         result = await asyncio.shield(copied)
-        self._patience.take(result)
-        blocks, failed = split(mail.moves, result)
+        self._patience.take(result.damaged)
+        blocks, failed = split(mail.moves, result.damaged)
         self._scheduler.post(
             SwappedOut(
                 blocks=blocks,

@@ -5,7 +5,10 @@ from __future__ import annotations
 import pytest
 
 from pie_async.core import invariants
+from pie_async.core.lost_copies import MOST_FAILURES_IN_A_ROW, Patience
 from pie_async.core.schedule import MOST_LOSSES
+from pie_async.errors import DeviceFault
+from pie_async.ids import HostSlot
 from tests.support.perfect_device import PerfectDevice, a_schedule, assert_all_returned, token_at
 
 
@@ -106,3 +109,15 @@ def test_a_sequence_that_loses_its_kv_again_and_again_ends_and_says_why():
     assert f"lost {MOST_LOSSES + 1} times" in last.lost_because
     assert device.schedule.counts.sequences_lost == 1
     assert_all_returned(device.schedule)
+
+
+def test_only_failures_in_a_row_exhaust_the_patience():
+    patience = Patience("to the pool")
+    for _ in range(3):
+        for _ in range(MOST_FAILURES_IN_A_ROW - 1):
+            patience.take((HostSlot(1),))
+        patience.take(())
+    for _ in range(MOST_FAILURES_IN_A_ROW - 1):
+        patience.take((HostSlot(1),))
+    with pytest.raises(DeviceFault, match="16 copies to the pool in a row failed"):
+        patience.take((HostSlot(1),))

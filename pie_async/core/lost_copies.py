@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
-from pie_async.device.protocol import CopyResult
 from pie_async.errors import DeviceFault
-from pie_async.ids import BlockId
+from pie_async.ids import BlockId, HostSlot
 from pie_async.messages import BlockMove
 
 MOST_FAILURES_IN_A_ROW = 16
@@ -14,29 +13,31 @@ MOST_FAILURES_IN_A_ROW = 16
 
 
 def split(
-    moves: Sequence[BlockMove], result: CopyResult
+    moves: Sequence[BlockMove], damaged: Collection[HostSlot]
 ) -> tuple[tuple[BlockId, ...], tuple[BlockId, ...]]:
-    """The blocks that were copied, and those that were not."""
-    if not result.damaged:
-        return tuple(move.block for move in moves), ()
-    damaged = frozenset(result.damaged)
+    """The blocks that were copied, and those that were not.
+
+    Args:
+        damaged: host slots from or to which nothing was copied right.
+    """
     copied = tuple(move.block for move in moves if move.host_slot not in damaged)
     return copied, tuple(move.block for move in moves if move.host_slot in damaged)
 
 
 class Patience:
-    """Counts copies of one direction that failed with nothing copied in between."""
+    """Counts commands of one direction that failed with none in between that went well."""
 
     def __init__(self, direction: str) -> None:
         self._direction = direction
         self._in_a_row = 0
 
-    def take(self, result: CopyResult) -> None:
-        """
+    def take(self, damaged: Collection[HostSlot]) -> None:
+        """What a command's copies came to.
+
         Raises:
             DeviceFault: too many failed in a row.
         """
-        self._in_a_row = self._in_a_row + 1 if result.damaged else 0
+        self._in_a_row = self._in_a_row + 1 if damaged else 0
         if self._in_a_row >= MOST_FAILURES_IN_A_ROW:
             raise DeviceFault(
                 f"{self._in_a_row} copies {self._direction} in a row failed, each several times; "
