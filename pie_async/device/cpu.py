@@ -9,10 +9,9 @@ as it may be overwritten.
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from queue import SimpleQueue
 from typing import TYPE_CHECKING
@@ -22,12 +21,11 @@ import torch
 from pie_async.core.layout import KvLayout
 from pie_async.device.aliased_arena import AliasedArena
 from pie_async.device.attempts import Attempts, Mark, Tamper
-from pie_async.device.checksums import Checksums
-from pie_async.device.copy_runs import host_slots_of, runs_of, singles
+from pie_async.device.copy_runs import runs_of
+from pie_async.device.cpu_copies import CpuCopies
 from pie_async.device.cpu_pool import CpuPool
 from pie_async.device.protocol import Event, MemoryPlan, Pass, Span, chunk_slots_of
 from pie_async.errors import DeviceFault
-from pie_async.ids import HostSlot
 from pie_async.messages import (
     BlockMove,
     CopyRun,
@@ -229,13 +227,16 @@ class CpuDevice:
         self.h2d = CpuStream("h2d")
         self.d2h = CpuStream("d2h")
         self._pool = CpuPool(layout, host_slots)
+        self._copies = CpuCopies(
+            self.arena,
+            self._pool,
+            layout,
+            link_bytes_per_s=link_bytes_per_s,
+            checks=checks_copies,
+        )
         self._pool_watcher: Callable[[int, str | None], None] | None = None
-        self._link_bytes_per_s = link_bytes_per_s
         self._threads = threads
-        self._item_bytes = dtype.itemsize
         self._poisons = poisons
-        self._checksums = Checksums(layout.layer_block_bytes) if checks_copies else None
-        self.tamper: Tamper | None = None
         self._runner: ModelRunner | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
 
@@ -300,91 +301,26 @@ class CpuDevice:
     # --- copies -----------------------------------------------------------------------------
 
     def stage(self, layers: range, runs: Sequence[CopyRun]) -> None:
-        self.h2d.put(partial(self._copy, self.h2d, "stage", layers, runs))
+        self._copy(self.h2d, "stage", layers, runs)
 
     def promote(self, moves: Sequence[BlockMove]) -> None:
-        self.h2d.put(partial(self._copy, self.h2d, "promote", self._all_layers, runs_of(moves)))
+        self._copy(self.h2d, "promote", range(self.memory.layout.num_layers), runs_of(moves))
 
     def demote(self, moves: Sequence[BlockMove]) -> None:
-        self.d2h.put(partial(self._copy, self.d2h, "demote", self._all_layers, runs_of(moves)))
-
-    @property
-    def _all_layers(self) -> range:
-        return range(self.memory.layout.num_layers)
+        self._copy(self.d2h, "demote", range(self.memory.layout.num_layers), runs_of(moves))
 
     def _copy(
         self, stream: CpuStream, kind: CopyKind, layers: range, runs: Sequence[CopyRun]
     ) -> None:
-        """Copy, again if that goes wrong; what stays wrong is marked in the stream's attempts."""
-        self._pool.require(max((run.host_slot + run.count for run in runs), default=0))
-        damaged: Sequence[int] = ()
-        for _ in stream.attempts.numbers():
-            outcome = "arrives" if self.tamper is None else self.tamper(kind)
-            damaged = host_slots_of(runs)
-            if outcome != "fails":
-                self._at_link_rate(kind, layers, runs)
-                if outcome == "corrupted":
-                    self._spoil(kind, layers, runs)
-                damaged = self._arrived_wrong(kind, layers, runs)
-            if not damaged:
-                return
-        stream.attempts.give_up(map(HostSlot, damaged))
-        if kind == "stage":  # it will be read: let it be finite, and nobody's
-            self._clear(layers, runs, set(damaged))
+        stream.put(partial(self._copies.copy, stream.attempts, kind, layers, runs))
 
-    def _pieces(
-        self, kind: CopyKind, layers: range, runs: Sequence[CopyRun]
-    ) -> Iterator[tuple[int, int, int]]:
-        """(source, destination, bytes) of every run in every layer."""
-        size = self.memory.layout.layer_block_bytes
-        for layer in layers:
-            pool, arena = self._pool.address(layer), self.arena.layers[layer].data_ptr()
-            for run in runs:
-                there, here = pool + run.host_slot * size, arena + run.device_slot * size
-                ends = (here, there) if kind == "demote" else (there, here)
-                yield *ends, run.count * size
+    @property
+    def tamper(self) -> Tamper | None:
+        return self._copies.tamper
 
-    def _at_link_rate(self, kind: CopyKind, layers: range, runs: Sequence[CopyRun]) -> None:
-        began_s, num_bytes = time.perf_counter(), 0
-        for source, destination, length in self._pieces(kind, layers, runs):
-            ctypes.memmove(destination, source, length)
-            num_bytes += length
-        if self._link_bytes_per_s is not None:
-            rest_s = num_bytes / self._link_bytes_per_s - (time.perf_counter() - began_s)
-            if rest_s > 0:
-                time.sleep(rest_s)
-
-    def _arrived_wrong(
-        self, kind: CopyKind, layers: range, runs: Sequence[CopyRun]
-    ) -> Sequence[HostSlot]:
-        """Host slots whose copies have other checksums than they should."""
-        sums = self._checksums
-        if sums is None:
-            return ()
-        wrong: set[HostSlot] = set()
-        slots = host_slots_of(runs)
-        pieces = list(self._pieces(kind, layers, [one for run in runs for one in singles(run)]))
-        for number, (source, destination, _) in enumerate(pieces):
-            layer, slot = layers[number // len(slots)], slots[number % len(slots)]
-            if kind == "demote":
-                sums.remember(slot, layer, source)
-            if not sums.is_right(slot, layer, destination):
-                wrong.add(slot)
-        return sorted(wrong)
-
-    def _spoil(self, kind: CopyKind, layers: range, runs: Sequence[CopyRun]) -> None:
-        """Shift what was copied first by one number, for plans of faults: all of it is wrong, and
-        finite."""
-        size = self.memory.layout.layer_block_bytes - self._item_bytes
-        for _, destination, _ in self._pieces(kind, layers[:1], runs[:1]):
-            ctypes.memmove(destination, destination + self._item_bytes, size)
-
-    def _clear(self, layers: range, runs: Sequence[CopyRun], damaged: set[int]) -> None:
-        for run in runs:
-            for one in singles(run):
-                if one.host_slot in damaged:
-                    for layer in layers:
-                        self.arena.layers[layer][one.device_slot].zero_()
+    @tamper.setter
+    def tamper(self, tamper: Tamper | None) -> None:
+        self._copies.tamper = tamper
 
     # --- completions ------------------------------------------------------------------------
 
