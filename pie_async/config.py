@@ -89,13 +89,18 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     iterations_in_flight: int = 2
     """Iterations issued before the first one's tokens are back: 1 or 2."""
     layer_group: int | None = None
-    """Layers staged and awaited as one; None: as suits the device."""
+    """Most layers staged and awaited as one; None: as suits the device. Groups are made as equal as
+    can be, and one more of them where the ring's depth would leave 1 over."""
     ring_depth: int | None = None
     """Layer groups that the staging ring holds, at least 2; None: as suits the device."""
     link_bytes_per_s: float | None = None
     """CPU device: rate of the link between host pool and arena; None: as fast as it goes."""
     streamed_blocks: int | None = None
     """Fix the number of blocks that may be streamed; None lets the governor decide."""
+    exchange: bool = False
+    """For measurements: after every layer group copy what was staged for it back to the pool, as
+    the paper does, although it has not changed. The pool then keeps its memory, and with `debug`
+    staging buffers are not poisoned."""
     max_queued_requests: int = 4096
     cpu_threads: int | None = None
     """CPU device: threads per torch operation; None: all cores but one."""

@@ -298,7 +298,10 @@ class Engine:
             )
         await actors.scheduler.mailbox.send(
             SetStreamedLimit(
-                limit_blocks=limit_blocks, least_blocks=least_blocks, reason="fixed by the caller"
+                limit_blocks=limit_blocks,
+                least_blocks=least_blocks,
+                cause="fixed",
+                reason="fixed by the caller",
             )
         )
 

@@ -8,7 +8,7 @@ Commands are imperative, facts are past tense.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
@@ -175,6 +175,8 @@ class IterationStaged(Message, frozen=True, kw_only=True):
     """Time the copy stream was copying (not waiting for a free ring buffer)."""
     failed_attempts: int = 0
     """Attempts to copy that went wrong, and were made again as long as that is allowed."""
+    written_back_bytes: int = 0
+    """With `exchange`: copied to the pool."""
 
 
 class SwappedIn(Message, frozen=True, kw_only=True):
@@ -199,10 +201,17 @@ class SwappedOut(Message, frozen=True, kw_only=True):
     failed_attempts: int = 0
 
 
+LimitCause = Literal["idle", "fits", "demand", "hiding", "itl", "stall", "cost", "fixed"]
+"""Why so much may be streamed and no more: nothing was wanted yet; everything fits on the device;
+it was raised because more is wanted; more would not hide; more would break the ITL limit; compute
+stalled; streaming would cost more than it brings; it was fixed by the caller."""
+
+
 class SetStreamedLimit(Message, frozen=True, kw_only=True):
-    """Command: at most this many blocks may be streamed; why, for the log."""
+    """Command: at most this many blocks may be streamed; why, for metrics and the log."""
 
     limit_blocks: int
+    cause: LimitCause
     least_blocks: int = 0
     """Stream so many even where everything fits: for measurements."""
     reason: str

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import msgspec
 
+from pie_async.messages import LimitCause
+
 
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     """A snapshot of an engine. Blocks are counted over all layers; times are seconds."""
@@ -34,8 +36,10 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     """What the expansion governor allows to be streamed, as of the last iteration."""
     expansion_ratio: float = 1.0
     """(device blocks + streamed blocks) / device blocks."""
+    governor_cause: LimitCause = "idle"
+    """Why the limit is what it is, in a word."""
     governor_reason: str = ""
-    """Why the limit is what it is."""
+    """The same with its numbers."""
 
     # totals since the start
     uptime_s: float = 0.0
@@ -72,6 +76,17 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     compute_s: float = 0.0
     stall_s: float = 0.0
     """Compute waiting for staged blocks."""
+    decode_iterations: int = 0
+    """Iterations without prompts, once their staging was over as well; with the times below."""
+    decode_compute_s: float = 0.0
+    decode_stall_s: float = 0.0
+    decode_staging_s: float = 0.0
+    """In which the link was busy staging for them."""
+    prefill_iterations: int = 0
+    """The same of iterations that compute prompts, whatever else they do."""
+    prefill_compute_s: float = 0.0
+    prefill_stall_s: float = 0.0
+    prefill_staging_s: float = 0.0
     h2d_bytes: int = 0
     d2h_bytes: int = 0
     h2d_busy_s: float = 0.0

@@ -75,7 +75,7 @@ class Actors:
             observer=observer,
         )
         to_scheduler = self.scheduler.mailbox
-        launcher = Launcher(parts.device, asyncio.get_running_loop())
+        launcher = Launcher(parts.device, asyncio.get_running_loop(), exchanges=config.exchange)
         self.delivery = DeliveryActor(to_scheduler, on_finished=on_finished, observer=observer)
         compute = ComputeActor(launcher, to_scheduler, observer=observer)
         swap_in = SwapInActor(launcher, to_scheduler, observer=observer)
@@ -85,7 +85,15 @@ class Actors:
         actors: list[Actor[Any]] = [self.delivery, self.scheduler, compute, swap_in, swap_out]
         governor = None
         self.most_streamed = _most_streamed(parts)
-        if config.streamed_blocks is None and self.most_streamed:
+        if config.streamed_blocks is not None:
+            to_scheduler.post(
+                SetStreamedLimit(
+                    limit_blocks=min(config.streamed_blocks, self.most_streamed),
+                    cause="fixed",
+                    reason="fixed by streamed_blocks",
+                )
+            )
+        elif self.most_streamed:
             memory = parts.device.memory
             block_bytes = memory.layout.block_bytes
             # Without a floor nothing is known of the device's memory, as with a CPU.
@@ -176,7 +184,7 @@ def _schedule(parts: Parts, config: EngineConfig) -> Schedule:
             staging_slots=memory.staging_slots,
             first_staging_slot=memory.first_staging_slot,
             most_host_slots=memory.host_slots,
-            chunk_slots=memory.chunk_slots if config.pool_idle_s else 0,
+            chunk_slots=_chunk_slots(parts, config),
         ),
         block_tokens=config.block_tokens,
         token_budget=parts.limits.token_budget,
@@ -186,17 +194,20 @@ def _schedule(parts: Parts, config: EngineConfig) -> Schedule:
         prefix_seed=secrets.token_bytes(32),
         shrink_tolerance=SHRINK_TOLERANCE if config.itl_limit_s is None else 1.0,
         awaits_pool=memory.first_host_slots < memory.host_slots,
-        streamed_limit=min(config.streamed_blocks or 0, _most_streamed(parts)),
     )
 
 
 def _pool_review(parts: Parts, config: EngineConfig) -> PoolReview | None:
-    memory = parts.device.memory
-    if not config.pool_idle_s or not 0 < memory.chunk_slots < memory.host_slots:
+    memory, chunk_slots = parts.device.memory, _chunk_slots(parts, config)
+    if not 0 < chunk_slots < memory.host_slots:
         return None
-    return PoolReview(
-        every_s=config.pool_idle_s, slots=memory.host_slots, least_slots=memory.chunk_slots
-    )
+    return PoolReview(every_s=config.pool_idle_s, slots=memory.host_slots, least_slots=chunk_slots)
+
+
+def _chunk_slots(parts: Parts, config: EngineConfig) -> int:
+    """By which the pool shrinks and grows; 0: it keeps its memory. With an exchange it does, for a
+    slot that was just freed may still be written to."""
+    return parts.device.memory.chunk_slots if config.pool_idle_s and not config.exchange else 0
 
 
 def _most_streamed(parts: Parts) -> int:

@@ -79,10 +79,18 @@ def roomy() -> list[tuple[int, ...]]:
         {"streamed_blocks": 100},
         {"streamed_blocks": 100, "debug": True},
         {"streamed_blocks": 100, "iterations_in_flight": 1, "layer_group": 2, "ring_depth": 2},
+        {"streamed_blocks": 100, "exchange": True},
         {"streamed_blocks": 0, "debug": True},
         {"host_blocks": 0},
     ],
-    ids=["streamed", "streamed-poisoned", "streamed-in-groups", "parked", "recomputed"],
+    ids=[
+        "streamed",
+        "streamed-poisoned",
+        "streamed-in-groups",
+        "exchanged",
+        "parked",
+        "recomputed",
+    ],
 )
 def test_with_a_quarter_of_the_memory_the_tokens_are_the_same(roomy, how: dict):
     need = sum(math.ceil((len(p) + GREEDY.max_tokens) / 16) for p in PROMPTS)
@@ -92,6 +100,8 @@ def test_with_a_quarter_of_the_memory_the_tokens_are_the_same(roomy, how: dict):
     assert tokens == roomy
     if how.get("streamed_blocks"):
         assert stats.h2d_bytes > 100 * BLOCK_BYTES, "it did not stream"
+        copied_out = stats.demotions * BLOCK_BYTES
+        assert (stats.d2h_bytes > 2 * copied_out) == bool(how.get("exchange"))
     assert (stats.preemptions_recomputed > 0) == without_pool
     assert (stats.resident_blocks, stats.pooled_blocks) == (0, 0)
 

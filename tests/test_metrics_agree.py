@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from typing import get_args
 
 import pytest
 from prometheus_client import CollectorRegistry
@@ -11,6 +12,7 @@ from prometheus_client import CollectorRegistry
 from pie_async.__main__ import main
 from pie_async.api.prometheus import EngineCollector
 from pie_async.cli import load
+from pie_async.messages import LimitCause
 from pie_async.metrics import EngineStats, LinkUse
 
 pytestmark = pytest.mark.realtime  # the command starts a loop of its own
@@ -110,3 +112,39 @@ def test_help_texts_name_the_unit_that_the_name_has():
     assert len(with_unit) >= 6
     for family, unit in with_unit:
         assert UNITS[unit] in family.documentation.lower(), family.name
+
+
+PHASES = ("decode", "prefill")
+PHASE_METRICS = {
+    "iterations": "pie:phase_iterations_total",
+    "compute_s": "pie:phase_compute_seconds_total",
+    "stall_s": "pie:phase_stall_seconds_total",
+    "staging_s": "pie:phase_staging_seconds_total",
+}
+
+
+def test_the_two_kinds_of_iterations_are_told_apart_and_together_are_all(run):
+    _, taken, _ = run
+    last = taken[-1]
+    registry = scraped(last)
+    for name, metric in PHASE_METRICS.items():
+        for phase in PHASES:
+            told = registry.get_sample_value(metric, {"phase": phase})
+            assert told == getattr(last, f"{phase}_{name}"), (phase, name)
+    for name in ("iterations", "compute_s", "stall_s"):
+        both = sum(getattr(last, f"{phase}_{name}") for phase in PHASES)
+        assert both == pytest.approx(getattr(last, name)), name
+    assert last.decode_iterations > last.prefill_iterations > 0
+    assert last.decode_staging_s > 0
+
+
+def test_the_limits_cause_is_one_of_few(run):
+    _, taken, _ = run
+    assert taken[-1].governor_cause == "fits", "it has ended: nothing is wanted"
+    registry = scraped(taken[-1])
+    told = {
+        cause: registry.get_sample_value("pie:streamed_limit_cause", {"cause": cause})
+        for cause in get_args(LimitCause)
+    }
+    assert told == {cause: float(cause == taken[-1].governor_cause) for cause in told}
+    assert taken[-1].governor_reason

@@ -7,7 +7,8 @@ import json
 
 import pytest
 
-from scripts.paper import ablations, gpus, long_context, rates
+from pie_async.workload import LENGTH_MODELS, sample_lengths
+from scripts.paper import ablations, gpus, long_context, rates, throughput
 
 # Seconds long in virtual time; some of them need not fit, or nothing would be streamed.
 SMALL = ["--device", "sim", "--model", "llama-3.1-8b", "--context", "512", "--host-pool", "4GiB"]
@@ -37,9 +38,10 @@ def test_rates_are_shares_of_what_saturates_and_overload_is_summed_up(
         "--own", "1", "3", "--seconds", "0.3", "--saturating-requests", "30", "--workload",
         "alpaca-like", "--saturating-seconds", "0.6", "--set", 'sim_link="nvlink"',
     )  # fmt: skip
-    at_once, timed = rows[:2], rows[2:]
-    assert [row["mode"] for row in at_once] == ["off", "pie"]
-    assert all(row["requests_per_s"] == 0 for row in at_once)
+    assert [row["mode"] for row in rows] == ["off"] * 3 + ["pie"] * 4, "an engine for each mode"
+    at_once = [row for row in rows if not row["requests_per_s"]]
+    timed = [row for row in rows if row["requests_per_s"]]
+    assert at_once == [rows[0], rows[3]], "what saturates comes first"
     assert at_once[1]["steady_tokens_per_s"] > at_once[0]["steady_tokens_per_s"]
     assert [row["mode"] for row in timed] == ["off"] * 2 + ["pie"] * 3
     assert all(row["requests"] == row["sent"] >= 12 for row in timed)
@@ -52,6 +54,23 @@ def test_rates_are_shares_of_what_saturates_and_overload_is_summed_up(
     told = capsys.readouterr().out
     assert "pie where off saturates: normalised latency p50" in told
     assert "off at 3.0 of its saturating rate: throughput" in told
+
+
+def test_a_load_is_cut_off_once_enough_of_its_output_is_there(tmp_path, monkeypatch):
+    (row,) = run(
+        throughput, tmp_path, monkeypatch, "--kv", "64MiB", "--modes", "off", "--workload",
+        "alpaca-like", "--requests", "40", "--until", "0.8",
+    )  # fmt: skip
+    asked = sum(
+        item.output_tokens
+        for item in sample_lengths(
+            LENGTH_MODELS["alpaca-like"], num_requests=40, context_tokens=512, seed=0
+        )
+    )
+    assert 0 < row["requests"] < row["sent"] == 40
+    put_out = row["output_tokens_per_s"] * row["duration_s"]
+    assert 0.8 * asked <= put_out < 0.9 * asked
+    assert row["steady_tokens_per_s"] > 0
 
 
 def test_rates_summary_compares_with_the_right_points():
@@ -84,7 +103,10 @@ def test_ablations_change_one_thing_at_a_time(tmp_path, monkeypatch):
         "--ring", "4", "--group", "16", "--static", "0", "40",
     )  # fmt: skip
     made = {row["mode"]: row for row in rows}
-    names = ["base", "ring 4", "group 16", "prefetch off", "static 0", "static 40"]
+    names = [
+        "base", "ring 4", "group 16", "prefetch off", "exchange ring 2", "exchange ring 4",
+        "static 0", "static 40",
+    ]  # fmt: skip
     assert list(made) == names  # no graphs: those are the CUDA device's
     assert made["base"]["of_base"] == 1
     base, static = made["base"], made["static 0"]
@@ -94,7 +116,10 @@ def test_ablations_change_one_thing_at_a_time(tmp_path, monkeypatch):
     # Nothing is staged before the iteration before has ended: its first groups are waited for.
     assert made["prefetch off"]["stall_share"] > 2 * base["stall_share"]
     assert made["prefetch off"]["of_base"] < 1
-    assert base["exchange_out_bytes"] == base["streamed_bytes"] > base["demoted_bytes"] > 0
+    assert base["streamed_bytes"] > 2 * base["demoted_bytes"] > 0
+    exchange = made["exchange ring 4"]
+    assert exchange["demoted_bytes"] > 0.9 * exchange["streamed_bytes"] > 0
+    assert exchange["of_base"] < 1
 
 
 @pytest.mark.parametrize("link", ["pcie5", "nvlink"])

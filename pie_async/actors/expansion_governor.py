@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pie_async.core.headroom import Expansion, decide
-from pie_async.messages import GovernorMail, SchedulerMail, SetStreamedLimit
+from pie_async.messages import GovernorMail, LimitCause, SchedulerMail, SetStreamedLimit
 from pie_async.runtime.actor import Actor, Observer
 from pie_async.runtime.mailbox import Mailbox
 
@@ -21,13 +21,12 @@ class ExpansionGovernorActor(Actor[GovernorMail]):
         super().__init__("expansion_governor", capacity=64, observer=observer)
         self._headroom = headroom
         self._scheduler = scheduler
+        self._told: tuple[int, LimitCause] | None = None
 
     def handle(self, mail: GovernorMail) -> None:
-        before = self._headroom.limit_blocks
-        self._headroom = decide(self._headroom, mail)
-        if self._headroom.limit_blocks != before:
+        self._headroom = now = decide(self._headroom, mail)
+        if (now.limit_blocks, now.cause) != self._told:
+            self._told = (now.limit_blocks, now.cause)
             self._scheduler.post(
-                SetStreamedLimit(
-                    limit_blocks=self._headroom.limit_blocks, reason=self._headroom.reason
-                )
+                SetStreamedLimit(limit_blocks=now.limit_blocks, cause=now.cause, reason=now.reason)
             )

@@ -126,7 +126,9 @@ class SchedulerActor(Actor[SchedulerMail]):
             case SetStreamedLimit():
                 schedule.streamed_limit = mail.limit_blocks
                 schedule.least_streamed = mail.least_blocks
-                self._totals = msgspec.structs.replace(self._totals, governor_reason=mail.reason)
+                self._totals = msgspec.structs.replace(
+                    self._totals, governor_cause=mail.cause, governor_reason=mail.reason
+                )
             case PoolGrown() | PoolShrunk() | ReviewPool():
                 self._size_pool(mail)
             case Drain():
@@ -208,6 +210,7 @@ class SchedulerActor(Actor[SchedulerMail]):
             h2d_bytes=staged.staged_bytes,
             h2d_busy_s=staged.busy_s,
             copy_attempts_failed=staged.failed_attempts,
+            d2h_bytes=staged.written_back_bytes,
         )
         if staged.iteration in self._awaiting_staging:
             launched, ran = self._awaiting_staging.pop(staged.iteration)
@@ -218,6 +221,14 @@ class SchedulerActor(Actor[SchedulerMail]):
     def _observe(
         self, launched: Launched, ran: IterationRan, staged: IterationStaged | None
     ) -> None:
+        phase = "prefill" if launched.prefill_tokens else "decode"
+        spent = {
+            "iterations": 1,
+            "compute_s": ran.compute_s,
+            "stall_s": ran.stall_s,
+            "staging_s": staged.busy_s if staged else 0.0,
+        }
+        self._add(**{f"{phase}_{name}": amount for name, amount in spent.items()})
         if self._to.governor is None:
             return
         self._to.governor.post(

@@ -55,6 +55,7 @@ class SwapInActor(Actor[SwapInMail]):
                 staged_bytes=result.copied_bytes,
                 busy_s=result.busy_s,
                 failed_attempts=result.failed_attempts,
+                written_back_bytes=result.written_back_bytes,
             )
         )
 

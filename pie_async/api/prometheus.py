@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from typing import get_args
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from pie_async.messages import LimitCause
 from pie_async.metrics import EngineStats
 from pie_async.openai.backend import Backend
 from pie_async.outputs import FinishReason
@@ -182,6 +184,30 @@ def _labelled(stats: EngineStats) -> Iterator[Metric]:
         h2d=stats.h2d_busy_share,
         d2h=stats.d2h_busy_share,
     )
+
+    yield _by_label(
+        GaugeMetricFamily(
+            "pie:streamed_limit_cause",
+            "1 for why the expansion governor allows what it does, 0 for the other causes",
+            labels=["cause"],
+        ),
+        **{cause: float(cause == stats.governor_cause) for cause in get_args(LimitCause)},
+    )
+    for name, text in (
+        ("iterations", "Forward passes"),
+        ("compute_s", "Time the compute stream worked, in seconds,"),
+        ("stall_s", "Time compute waited for staged blocks, in seconds,"),
+        ("staging_s", "Time the link was busy staging, in seconds,"),
+    ):
+        yield _by_label(
+            CounterMetricFamily(
+                f"pie:phase_{name.replace('_s', '_seconds')}",
+                f"{text} by whether prompts are computed",
+                labels=["phase"],
+            ),
+            decode=getattr(stats, f"decode_{name}"),
+            prefill=getattr(stats, f"prefill_{name}"),
+        )
 
 
 def _by_label(

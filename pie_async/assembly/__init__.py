@@ -8,7 +8,7 @@ from pie_async.assembly.parts import ChatMessage, Limits, Parts, Progress, Token
 from pie_async.config import EngineConfig
 from pie_async.device.faulty import FaultyDevice
 from pie_async.errors import ConfigError
-from pie_async.runtime.faults import ArenaRefused, CopyCorrupted, Faults, PoolRefused
+from pie_async.runtime.faults import ArenaRefused, CopyCorrupted, CopyFailed, Faults, PoolRefused
 
 __all__ = ["ChatMessage", "Limits", "Parts", "Progress", "Tokenizer", "assemble"]
 
@@ -27,7 +27,7 @@ def assemble(
     """
     if faults is None:
         return _assemble(config, progress)
-    _refuse_memory(config, faults)
+    _refuse(config, faults)
     return with_faults(_assemble(config, progress), faults)
 
 
@@ -36,9 +36,12 @@ def with_faults(parts: Parts, faults: Faults) -> Parts:
     return msgspec.structs.replace(parts, device=FaultyDevice(parts.device, faults))
 
 
-def _refuse_memory(config: EngineConfig, faults: Faults) -> None:
+def _refuse(config: EngineConfig, faults: Faults) -> None:
     if config.device == "cuda":
         faults.plan.refuse(CopyCorrupted, why="the CUDA device cannot corrupt a copy")
+    if config.exchange:
+        why = "with exchange what was staged is written back, right or wrong"
+        faults.plan.refuse(CopyFailed, CopyCorrupted, why=why)
     for kind, what, option in (
         (ArenaRefused, "the device has no memory for its arena", "device_kv_bytes"),
         (PoolRefused, "the host has no memory for the pool", "host_pool_bytes"),

@@ -37,7 +37,7 @@ def assemble_cpu(config: EngineConfig, progress: Progress | None) -> Parts:
         dtype=dtype,
         link_bytes_per_s=config.link_bytes_per_s,
         threads=config.cpu_threads or default_threads(),
-        poisons=config.debug,
+        poisons=config.debug and not config.exchange,
         checks_copies=config.check_copies,
     )
     runner = ModelRunner(

@@ -29,7 +29,7 @@ from pie_async.assembly.sizing import (
     model_layout,
 )
 from pie_async.config import EngineConfig, parse_pool
-from pie_async.core.layout import KvLayout
+from pie_async.core.layout import KvLayout, affordable_groups
 from pie_async.core.token_budget import IterationCost, tokens_within
 from pie_async.errors import ConfigError, DeviceFault
 from pie_async.hardware import require_poolable
@@ -107,7 +107,7 @@ def _assemble_on(
     limits = _cuda_limits(config, files, dtype, driver, memory)
     decoder = load(config, files, dtype, driver.device, progress)
     layout = msgspec.structs.replace(
-        model_layout(config, files.config, dtype.itemsize),
+        _layout(config, files, dtype, driver),
         is_stacked=config.kernels != "torch",  # which wants a layer's slots contiguous
     )
     product = _tuned(config, limits, decoder)
@@ -124,7 +124,7 @@ def _assemble_on(
         host_slots=sizes.host_slots,
         staging_slots=sizes.staging_slots,
         dtype=dtype,
-        poisons=config.debug,
+        poisons=config.debug and not config.exchange,
         in_neighbour=parse_pool(config.pool).peer is not None,
     )
     undo.pop_all()  # the device closes the driver
@@ -225,6 +225,28 @@ def _cuda_limits(
     budget = tokens_within(config.itl_target_s, cost, decode_rows=rows)
     _log.info("token budget for an ITL of %g s: %d", config.itl_target_s, budget)
     return limits._replace(token_budget=budget)
+
+
+def _layout(config: EngineConfig, files: Files, dtype: torch.dtype, driver: Driver) -> KvLayout:
+    """In as many layer groups as configured, or as this card passes through at little cost."""
+    model = files.config
+    if not config.host_pool_bytes or config.layer_group is not None:
+        return model_layout(config, model, dtype.itemsize)
+    from pie_async.cuda.rates import measure_boundary
+
+    boundary_s = measure_boundary(driver)
+    floor_s = model.weight_bytes(dtype.itemsize) / driver.memory_bytes_per_s
+    groups = affordable_groups(boundary_s, floor_s)
+    layout = model_layout(config, model, dtype.itemsize, groups=groups)
+    _log.info(
+        "%d layer groups, %d of them in the staging ring: a boundary between two takes %.1f us, "
+        "the shortest iteration %.2f ms",
+        layout.num_groups,
+        layout.ring_depth,
+        boundary_s * 1e6,
+        floor_s * 1e3,
+    )
+    return layout
 
 
 def _cuda_slots(

@@ -10,7 +10,7 @@ from pie_async.assembly.sizing import (
     count_host_slots,
     default_limits,
     longest_sequence,
-    sim_layout,
+    model_layout,
 )
 from pie_async.config import BUILTIN_MODEL, EngineConfig
 from pie_async.device.cost_model import CostModel, gpu_named, link_named, shape_named
@@ -28,7 +28,7 @@ def assemble_sim(config: EngineConfig) -> Parts:
     refuse_quantization(config)
     name = SIM_MODEL if config.model == BUILTIN_MODEL else config.model
     shape = shape_named(name)
-    layout = sim_layout(config, shape)
+    layout = model_layout(config, shape, shape.kv_item_bytes)
     device_slots = count_device_slots(config, layout)
     host_slots = count_host_slots(config, layout)
     memory = MemoryPlan(

@@ -159,6 +159,10 @@ FLAGS: dict[str, _Flag] = {
         "--streamed-blocks", count, "N", "Fix how many blocks may be streamed.",
         "the governor decides", _MEMORY,
     ),
+    "exchange": _Flag(
+        "--exchange", None, None,
+        "Copy streamed KV back after every layer group too, for measurements.", "off", _MEMORY,
+    ),
     "link_bytes_per_s": _Flag(
         "--link-rate", rate, "SIZE/s", "Limit the link between host pool and arena (cpu).",
         "no limit", _MEMORY,
@@ -168,7 +172,7 @@ FLAGS: dict[str, _Flag] = {
         str(_DEFAULTS.block_tokens), _MEMORY,
     ),
     "layer_group": _Flag(
-        "--layer-group", count, "N", "Layers staged and awaited as one.",
+        "--layer-group", count, "N", "Most layers staged and awaited as one.",
         "as suits the device", _MEMORY,
     ),
     "ring_depth": _Flag(

@@ -15,7 +15,6 @@ from pie_async.assembly.sizing import (
     count_host_slots,
     longest_sequence,
     model_layout,
-    sim_layout,
 )
 from pie_async.config import (
     BUILTIN_MODEL,
@@ -213,7 +212,7 @@ def _sim_shape(config: EngineConfig) -> _Shape:
         num_parameters=shape.weight_bytes // shape.weight_item_bytes,
         weight_bytes=shape.weight_bytes,
         max_positions=SIM_POSITIONS,
-        layout=sim_layout(config, shape),
+        layout=model_layout(config, shape, shape.kv_item_bytes),
     )
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import msgspec
 
-from pie_async.messages import IterationObserved
+from pie_async.messages import IterationObserved, LimitCause
 
 BUSY_LINK = 0.5
 """Share of an iteration's time from which the link counts as the cause of stall. Below it a
@@ -45,6 +45,21 @@ CUT = 0.9
 """At most this part of what was streamed when it stalled is allowed again."""
 
 
+class PhaseCost(msgspec.Struct, frozen=True, kw_only=True):
+    """What iterations of one kind cost, smoothed: those that only decode, or those with prompts."""
+
+    compute_s: float = 0.0
+    """Without stall; 0 until one ran."""
+    stall_share: float = 0.0
+    """Stall per compute time."""
+    busy_share: float = 0.0
+    """Part of the iteration's time that the link was busy staging."""
+
+    @property
+    def is_stalled_by_link(self) -> bool:
+        return self.stall_share > STALL_TOLERANCE and self.busy_share >= BUSY_LINK
+
+
 class Expansion(msgspec.Struct, frozen=True, kw_only=True):
     """What the governor knows and what it allows."""
 
@@ -58,17 +73,18 @@ class Expansion(msgspec.Struct, frozen=True, kw_only=True):
     """What an iteration that only decodes may take; None: as long as it likes."""
     decode_floor_s: float = 0.0
     """No iteration is shorter, as far as the device is known; 0: unknown."""
-    decode_s: float = 0.0
-    """Compute time of a decode-only iteration, without stall; 0 until one ran."""
+    decode: PhaseCost = PhaseCost()
+    """Of iterations that only decode: what streaming has to hide behind."""
+    prefill: PhaseCost = PhaseCost()
+    """Of iterations with prompts and sequences that decode."""
     resident_blocks: int = 0
     """In use on the device."""
     block_s: float = 0.0
     """What one more block, resident or streamed, adds to a decode-only iteration, smoothed."""
     stall_share: float = 0.0
-    """Stall per compute time, smoothed."""
-    busy_share: float = 0.0
-    """Part of the iteration's time that the link was busy staging, smoothed."""
+    """Stall per compute time of all iterations, smoothed."""
     cooldown: int = 0
+    cause: LimitCause = "idle"
     reason: str = "nothing is streamed yet"
 
     @property
@@ -80,7 +96,7 @@ class Expansion(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def hiding_s(self) -> float:
         """What staging may take in an iteration at most."""
-        return self.decode_s or self.decode_floor_s
+        return self.decode.compute_s or self.decode_floor_s
 
     @property
     def bound_blocks(self) -> int:
@@ -120,57 +136,78 @@ def pays(*, weight_bytes: int, resident_bytes: int) -> bool:
 def decide(state: Expansion, seen: IterationObserved) -> Expansion:
     """The new state after an iteration: expand, hold or shrink.
 
-    A change shows in `limit_blocks`, its cause in `reason`.
+    A change shows in `limit_blocks`, why in `cause` and `reason`.
     """
     state = _measure(state, seen)
+    if not state.most_blocks:
+        return _set(state, 0, "cost", "streaming would cost more than it brings")
     if state.cooldown:
         return msgspec.structs.replace(state, cooldown=state.cooldown - 1)
     if seen.streamed_blocks and _stalls(state):
         return _shrink_on_stall(state, seen)
     bound = state.bound_blocks
     if state.limit_blocks > bound and state.is_measured:
-        return _set(state, bound, _why(state))
+        return _set(state, bound, _bound_cause(state), _why(state))
     if seen.wanted_blocks == 0 and seen.streamed_blocks == 0:
-        return _set(state, 0, "everything fits on the device")
+        return _set(state, 0, "fits", "everything fits on the device")
     if seen.wanted_blocks > HEADROOM_SHARE * state.limit_blocks and bound > state.limit_blocks:
         return _expand(state, seen.wanted_blocks, bound)
     return state
 
 
 def _stalls(state: Expansion) -> bool:
-    tolerance = STALL_TOLERANCE if state.busy_share >= BUSY_LINK else LONG_STALL
-    return state.stall_share > tolerance
+    is_links_doing = state.decode.is_stalled_by_link or state.prefill.is_stalled_by_link
+    return state.stall_share > (STALL_TOLERANCE if is_links_doing else LONG_STALL)
 
 
 def _measure(state: Expansion, seen: IterationObserved) -> Expansion:
-    link, decode_s, block_s = state.link_bytes_per_s, state.decode_s, state.block_s
+    link, block_s = state.link_bytes_per_s, state.block_s
+    decode, prefill = state.decode, state.prefill
     if seen.staged_bytes and seen.staging_busy_s > 0:
         link = _blend(link, seen.staged_bytes / seen.staging_busy_s)
-    if seen.decode_rows and not seen.prefill_tokens:
-        weight = SHRINKING if seen.compute_s < decode_s else SMOOTHING
-        decode_s = _blend(decode_s, seen.compute_s, weight)
+    if seen.prefill_tokens:
+        prefill = _phase_cost(prefill, seen)
+    elif seen.decode_rows:
+        decode = _phase_cost(decode, seen)
         blocks = seen.resident_blocks + seen.streamed_blocks
         if blocks:
             # With the stall: a client waits for that too.
             took_s = seen.compute_s + seen.stall_s - state.decode_floor_s
             block_s = _blend(block_s, max(took_s, 0.0) / blocks)
-    compute_s = max(seen.compute_s, 1e-9)
-    stall_share = seen.stall_s / compute_s
-    busy_share = seen.staging_busy_s / (compute_s + seen.stall_s)
+    stall_share = seen.stall_s / max(seen.compute_s, 1e-9)
     return msgspec.structs.replace(
         state,
         link_bytes_per_s=link,
-        decode_s=decode_s,
+        decode=decode,
+        prefill=prefill,
         resident_blocks=seen.resident_blocks,
         block_s=block_s,
         stall_share=state.stall_share + SMOOTHING * (stall_share - state.stall_share),
-        busy_share=state.busy_share + SMOOTHING * (busy_share - state.busy_share),
     )
+
+
+def _phase_cost(cost: PhaseCost, seen: IterationObserved) -> PhaseCost:
+    """With one more iteration of its kind."""
+    compute_s = max(seen.compute_s, 1e-9)
+    stall_share = seen.stall_s / compute_s
+    busy_share = seen.staging_busy_s / (compute_s + seen.stall_s)
+    weight = SHRINKING if seen.compute_s < cost.compute_s else SMOOTHING
+    return PhaseCost(
+        compute_s=_blend(cost.compute_s, seen.compute_s, weight),
+        stall_share=cost.stall_share + SMOOTHING * (stall_share - cost.stall_share),
+        busy_share=cost.busy_share + SMOOTHING * (busy_share - cost.busy_share),
+    )
+
+
+def _bound_cause(state: Expansion) -> LimitCause:
+    """What makes the bound."""
+    is_timed = state.itl_limit_s is not None and state.bound_blocks == state.timely_blocks
+    return "itl" if is_timed else "hiding"
 
 
 def _why(state: Expansion) -> str:
     """What the bound is made of."""
-    if state.itl_limit_s is not None and state.bound_blocks == state.timely_blocks:
+    if _bound_cause(state) == "itl":
         return f"{state.bound_blocks} blocks keep iterations within {state.itl_limit_s:.4g} s"
     return f"{state.bound_blocks} blocks hide behind a {state.hiding_s:.4g} s decode"
 
@@ -194,18 +231,26 @@ def _expand(state: Expansion, wanted: int, bound: int) -> Expansion:
     else:
         grown = state.limit_blocks + max(1, bound // 20)
     limit = min(grown, bound)
-    return _set(state, limit, f"{wanted} blocks wanted, {bound} would stay hidden")
+    is_at_bound = state.is_measured and limit == bound
+    cause: LimitCause = _bound_cause(state) if is_at_bound else "demand"
+    return _set(state, limit, cause, f"{wanted} blocks wanted, {bound} would stay hidden")
 
 
 def _shrink_on_stall(state: Expansion, seen: IterationObserved) -> Expansion:
     """Allow what would have fitted into the time without the stall, and wait to see."""
     fitting = int(seen.streamed_blocks * min(CUT, 1 / (1 + state.stall_share)))
     reason = f"compute stalled {state.stall_share:.1%} of its time"
-    state = _set(state, min(state.limit_blocks, fitting), reason)
-    return msgspec.structs.replace(state, cooldown=COOLDOWN_ITERATIONS, stall_share=0.0)
+    state = _set(state, min(state.limit_blocks, fitting), "stall", reason)
+    return msgspec.structs.replace(
+        state,
+        cooldown=COOLDOWN_ITERATIONS,
+        stall_share=0.0,
+        decode=msgspec.structs.replace(state.decode, stall_share=0.0),
+        prefill=msgspec.structs.replace(state.prefill, stall_share=0.0),
+    )
 
 
-def _set(state: Expansion, limit: int, reason: str) -> Expansion:
-    if limit == state.limit_blocks:
+def _set(state: Expansion, limit: int, cause: LimitCause, reason: str) -> Expansion:
+    if (limit, cause) == (state.limit_blocks, state.cause):
         return state
-    return msgspec.structs.replace(state, limit_blocks=limit, reason=reason)
+    return msgspec.structs.replace(state, limit_blocks=limit, cause=cause, reason=reason)

@@ -91,7 +91,7 @@ class DecodeProgram:
     def run_layers(self, layers: range) -> None:
         """A layer group; nothing, if everything is one piece."""
         if self._num_layer_pieces:
-            self._pieces[1 + layers.start // self._model.layout.layer_group].replay()
+            self._pieces[1 + self._model.layout.group_of(layers.start)].replay()
 
     def finish(self) -> None:
         """The rest; sampling, if that is captured."""

@@ -32,10 +32,11 @@ from pie_async.messages import BlockMove, CopyRun, PromptLogprobs, RunIteration,
 from pie_async.runtime.faults import CopyKind
 
 if TYPE_CHECKING:
-    from pie_async.cuda.driver import Driver
+    from pie_async.cuda.driver import Copies, Driver
     from pie_async.model.lanes import Results
 
 Work = Callable[[], None]
+FindCopies = Callable[[PoolArena, DeviceArena, range, Sequence[CopyRun]], "Copies"]
 
 
 class Runner(Protocol):
@@ -217,6 +218,9 @@ class CudaDevice:
     def stage(self, layers: range, runs: Sequence[CopyRun]) -> None:
         self._copy(self.h2d, "stage", layers, runs)
 
+    def write_back(self, layers: range, runs: Sequence[CopyRun]) -> None:
+        self._issue(self.d2h, to_host, layers, runs)
+
     def promote(self, moves: Sequence[BlockMove]) -> None:
         self._copy(self.h2d, "promote", self._layers, runs_of(moves))
 
@@ -238,11 +242,16 @@ class CudaDevice:
         else:
             stream.attempts.give_up(host_slots_of(runs))
             return
+        self._issue(stream, to_host if kind == "demote" else to_device, layers, runs)
+
+    def _issue(
+        self, stream: CudaStream, find: FindCopies, layers: range, runs: Sequence[CopyRun]
+    ) -> None:
+        if stream.fault is not None:
+            return
         stream.note_work()
-        find = to_host if kind == "demote" else to_device
         try:
-            copies = find(self._pool, self.arena, layers, runs)
-            self._driver.copy(copies, stream.handle)
+            self._driver.copy(find(self._pool, self.arena, layers, runs), stream.handle)
         except Exception as error:  # surfaces at the next event
             stream.fail(error)
 

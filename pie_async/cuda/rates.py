@@ -1,13 +1,20 @@
-"""How fast this card multiplies and reads, measured in a few milliseconds."""
+"""How fast this card multiplies, reads and goes from one layer group to the next, measured in a
+few milliseconds."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 
+from pie_async.cuda.streams import CudaStream
+
+if TYPE_CHECKING:
+    from pie_async.cuda.driver import Driver as StreamDriver
+
+_BACKLOG, _BOUNDARIES = 4, 64
 _SIZE = 8192
 _COPY_BYTES = 2**30
 _ROUNDS = 5
@@ -38,6 +45,42 @@ def measure_rates(
     copy_s = _copy_s(driver, copy_bytes)
     driver.trim()
     return Rates(2 * size**3 / product_s, copy_bytes / copy_s)
+
+
+def measure_boundary(driver: StreamDriver, *, size: int = _SIZE) -> float:
+    """Seconds that compute loses between two layer groups: a launch, and a wait for an event of a
+    copy stream between two events that time it, as the launcher issues them.
+
+    They are issued behind products that take longer than issuing them does; otherwise the host's
+    time would be measured.
+    """
+    factor = torch.ones(size, size, dtype=torch.bfloat16, device=driver.device)
+    product, counter = torch.empty_like(factor), torch.zeros(1, device=driver.device)
+    torch.mm(factor, factor, out=product)
+    counter.add_(1)  # both once before: loading a kernel takes the host longer than the backlog
+    driver.synchronize_device()  # all that was on torch's own stream
+    compute, h2d = CudaStream("compute", driver), CudaStream("h2d", driver)
+    try:
+        with driver.torch_on(compute.handle):
+            for _ in range(_BACKLOG):
+                torch.mm(factor, factor, out=product)
+            began = last = compute.record()
+            for _ in range(_BOUNDARIES):
+                compute.wait(h2d.record())
+                compute.note_work()
+                counter.add_(1)
+                last = compute.record()
+        compute.await_event(last)
+        if last.fault is not None:
+            raise last.fault
+    finally:
+        driver.synchronize_device()
+        compute.close()
+        h2d.close()
+    del factor, product, counter
+    driver.trim()
+    took_s = last.busy_s + last.waited_s - began.busy_s - began.waited_s
+    return took_s / _BOUNDARIES
 
 
 def _product_s(driver: Driver, dtype: torch.dtype, size: int) -> float:

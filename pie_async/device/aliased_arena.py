@@ -1,9 +1,10 @@
 """CPU memory in which several layers' staging slots are the same physical pages.
 
-Per layer, one address range [resident slots | staging slots]. The staging part of layer l
-maps ring buffer l mod R, so a slot number means the same in every layer and staging costs
-R / L of what is streamed: on the CPU by mapping one shared file several times, on CUDA by
-mapping one physical allocation at several addresses. Pages are committed when first written.
+Per layer, one address range [resident slots | staging slots]. The staging parts of layers that
+are never staged at once map the same ring buffer, so a slot number means the same in every layer
+and staging takes a part of what is streamed: on the CPU by mapping one shared file several
+times, on CUDA by mapping one physical allocation at several addresses. Pages are committed when
+first written.
 """
 
 from __future__ import annotations

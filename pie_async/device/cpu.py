@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 
 Work = Callable[[], None]
 Listener = Callable[["CpuEvent"], None]
+"""Of a copy, as the device sees it."""
 
 
 class CpuEvent:
@@ -302,6 +303,9 @@ class CpuDevice:
 
     def stage(self, layers: range, runs: Sequence[CopyRun]) -> None:
         self._copy(self.h2d, "stage", layers, runs)
+
+    def write_back(self, layers: range, runs: Sequence[CopyRun]) -> None:
+        self.d2h.put(partial(self._copies.write_back, layers, runs))
 
     def promote(self, moves: Sequence[BlockMove]) -> None:
         self._copy(self.h2d, "promote", range(self.memory.layout.num_layers), runs_of(moves))

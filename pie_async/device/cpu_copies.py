@@ -52,7 +52,7 @@ class CpuCopies:
         Raises:
             DeviceFault: the pool has no memory for one of the slots.
         """
-        self._pool.require(max((run.host_slot + run.count for run in runs), default=0))
+        self._require(runs)
         damaged: Sequence[HostSlot] = ()
         for _ in attempts.numbers():
             damaged = self._attempt(kind, layers, runs)
@@ -69,6 +69,25 @@ class CpuCopies:
         outcome = "arrives" if self.tamper is None else self.tamper(kind)
         if outcome == "fails":
             return host_slots_of(runs)
+        self._move(kind, layers, runs)
+        if outcome == "corrupted":
+            self._spoil(kind, layers, runs)
+        return () if self._checksums is None else self._wrong(self._checksums, kind, layers, runs)
+
+    def write_back(self, layers: range, runs: Sequence[CopyRun]) -> None:
+        """Copy from staging slots to the pool what was copied the other way.
+
+        Raises:
+            DeviceFault: as `copy`.
+        """
+        self._require(runs)
+        self._move("demote", layers, runs)
+
+    def _require(self, runs: Sequence[CopyRun]) -> None:
+        self._pool.require(max((run.host_slot + run.count for run in runs), default=0))
+
+    def _move(self, kind: CopyKind, layers: range, runs: Sequence[CopyRun]) -> None:
+        """At the link's rate."""
         began_s, num_bytes = time.perf_counter(), 0
         for source, destination, length in self._pieces(kind, layers, runs):
             ctypes.memmove(destination, source, length)
@@ -77,9 +96,6 @@ class CpuCopies:
             rest_s = num_bytes / self._link_bytes_per_s - (time.perf_counter() - began_s)
             if rest_s > 0:
                 time.sleep(rest_s)
-        if outcome == "corrupted":
-            self._spoil(kind, layers, runs)
-        return () if self._checksums is None else self._wrong(self._checksums, kind, layers, runs)
 
     def _pieces(
         self, kind: CopyKind, layers: range, runs: Sequence[CopyRun]

@@ -140,6 +140,9 @@ class FaultyDevice:
         self._before(self.h2d, "stage")
         self.inner.stage(layers, runs)
 
+    def write_back(self, layers: range, runs: Sequence[CopyRun]) -> None:
+        self.inner.write_back(layers, runs)
+
     def promote(self, moves: Sequence[BlockMove]) -> None:
         self._before(self.h2d, "promote")
         self.inner.promote(moves)

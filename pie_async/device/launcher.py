@@ -8,6 +8,10 @@ before it is waited on. From then on events alone order the streams.
 For layer group g: h2d waits until the ring buffers' last readers have computed, copies,
 records; compute waits for that record, runs the group, records. The first groups of an
 iteration are therefore staged while the last groups of the one before still compute.
+
+Past KV never changes, so nothing is copied back. The paper's exchange, which does that after every
+group, can be switched on for measurements: d2h waits for the group, copies it back and records; who
+stages into its ring buffers next waits for that instead.
 """
 
 from __future__ import annotations
@@ -29,14 +33,21 @@ T = TypeVar("T")
 class Launcher:
     """The three queues of `device/protocol.py` in one: what all actors together may ask."""
 
-    def __init__(self, device: Device, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(
+        self, device: Device, loop: asyncio.AbstractEventLoop, *, exchanges: bool = False
+    ) -> None:
+        """Args:
+        exchanges: copy staged KV back to the pool after every layer group.
+        """
         self._device = device
         self._layout = device.memory.layout
         self._loop = loop
         self._runs: deque[tuple[RunIteration, asyncio.Future[PassResult]]] = deque()
         self._staging: dict[IterationId, tuple[StageIteration, asyncio.Future[CopyResult]]] = {}
-        # Launch thread only: per ring buffer, when its last reader has computed.
-        self._computed: list[Event | None] = [None] * self._layout.ring_layers
+        self._exchanges = exchanges
+        # Launch thread only: per ring buffer, when its last reader is done with it.
+        self._released: list[Event | None] = [None] * self._layout.ring_layers
+        self._written_back: Event | None = None
 
     # --- called on the event loop ---------------------------------------------------------
 
@@ -53,7 +64,7 @@ class Launcher:
         return staged
 
     def promote(self, moves: Sequence[BlockMove]) -> asyncio.Future[CopyResult]:
-        return self._copy(self._device.h2d, self._device.promote, moves)
+        return self._copy(self._device.h2d, self._promote, moves)
 
     def demote(self, moves: Sequence[BlockMove]) -> asyncio.Future[CopyResult]:
         return self._copy(self._device.d2h, self._device.demote, moves)
@@ -128,24 +139,43 @@ class Launcher:
         for number, layers in enumerate(groups):
             device.compute.wait(staged_groups[number])
             device.run_layers(forward, layers, is_staged=True)
-            computed = device.compute.record()
+            released = self._release(layers, stage)
             for layer in layers:
-                self._computed[layout.ring_buffer(layer)] = computed
+                self._released[layout.ring_buffer(layer)] = released
             if len(staged_groups) < len(groups):
                 staged_groups.append(self._stage_group(groups[len(staged_groups)], stage))
         num_bytes = sum(run.count for run in stage.runs) * layout.block_bytes
         last = staged_groups[-1]
-        self._announce(last, staged, lambda: self._copy_result(staging_began, last, num_bytes))
+        back_bytes = num_bytes if self._exchanges else 0
+        self._announce(
+            last, staged, lambda: self._copy_result(staging_began, last, num_bytes, back_bytes)
+        )
         self._finish(began, forward, ran, staging=(staging_began, last))
 
     def _stage_group(self, layers: range, stage: StageIteration) -> Event:
         h2d = self._device.h2d
         buffers = map(self._layout.ring_buffer, layers)
-        for last_read in dict.fromkeys(self._computed[buffer] for buffer in buffers):
-            if last_read is not None:
-                h2d.wait(last_read)
+        for last_use in dict.fromkeys(self._released[buffer] for buffer in buffers):
+            if last_use is not None:
+                h2d.wait(last_use)
         self._device.stage(layers, stage.runs)
         return h2d.record()
+
+    def _release(self, layers: range, stage: StageIteration) -> Event:
+        """When the ring buffers of a group whose layers were issued may be overwritten."""
+        computed = self._device.compute.record()
+        if not self._exchanges:
+            return computed
+        d2h = self._device.d2h
+        d2h.wait(computed)
+        self._device.write_back(layers, stage.runs)
+        self._written_back = d2h.record()
+        return self._written_back
+
+    def _promote(self, moves: Sequence[BlockMove]) -> None:
+        if self._written_back is not None:
+            self._device.h2d.wait(self._written_back)
+        self._device.promote(moves)
 
     def _finish(
         self,
@@ -199,11 +229,14 @@ class Launcher:
             unstaged=self._device.span(*staging).damaged if staging else (),
         )
 
-    def _copy_result(self, began: Event, done: Event, num_bytes: int) -> CopyResult:
+    def _copy_result(
+        self, began: Event, done: Event, num_bytes: int, written_back_bytes: int = 0
+    ) -> CopyResult:
         span = self._device.span(began, done)
         return CopyResult(
             copied_bytes=num_bytes,
             busy_s=span.busy_s,
+            written_back_bytes=written_back_bytes,
             failed_attempts=span.failed_attempts,
             damaged=span.damaged,
         )

@@ -102,11 +102,11 @@ class Stream(Protocol):
 class Device(Protocol):
     """A device that runs a model over paged KV and copies blocks beside it.
 
-    `begin_pass` to `sample` work on the compute stream, `stage` and `promote` on h2d,
-    `demote` on d2h. All of them return as soon as the work is issued, and are called on the
-    launch thread only. Failures of issued work surface at the events recorded after it. A copy
-    that went wrong and may be made again is no failure of the stream: it is made again, a few
-    times, and `span` tells of it.
+    `begin_pass`, `run_layers` and `sample` work on the compute stream, `stage` and `promote` on
+    h2d, `write_back` and `demote` on d2h. All of them return as soon as the work is issued, and are
+    called on the launch thread only. Failures of issued work surface at the events recorded after
+    it. A copy that went wrong and may be made again is no failure of the stream: it is made again,
+    a few times, and `span` tells of it.
 
     Attributes:
         tamper: what becomes of attempts to copy, if a plan of faults says so.
@@ -137,6 +137,9 @@ class Device(Protocol):
 
     def run_layers(self, forward: Pass, layers: range, *, is_staged: bool) -> None:
         """Run these layers: write the fed tokens' KV, attend over the block tables' slots."""
+
+    def write_back(self, layers: range, runs: Sequence[CopyRun]) -> None:
+        """Copy what `stage` copied back to where it came from."""
 
     def sample(self, forward: Pass) -> None:
         """Sample every row that asks for it and bring the tokens to the host."""
@@ -191,6 +194,8 @@ class CopyResult(msgspec.Struct, frozen=True, kw_only=True):
     failed_attempts: int = 0
     damaged: tuple[HostSlot, ...] = ()
     """Blocks that were not copied right, by their host slots."""
+    written_back_bytes: int = 0
+    """Copied the other way, where KV is exchanged."""
 
 
 class ComputeQueue(Protocol):

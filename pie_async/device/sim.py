@@ -330,6 +330,19 @@ class SimDevice:
             for layer in layers:
                 self.checker.stage_layer(layer, runs, start_s, self._h2d.free_at_s, outcome)
 
+    def write_back(self, layers: range, runs: Sequence[CopyRun]) -> None:
+        """See `Device`. Reading what is copied slows the layers beside it; that the link is slower
+        with both directions busy (52 instead of 55.4 GB/s on PCIe 5) does not count."""
+        self._require_pooled(run.host_slot + run.count for run in runs)
+        gpu, num_bytes = self.cost.gpu, self._staged[1] * len(layers)
+        self._compute.work(num_bytes / gpu.hbm_bytes_per_s / gpu.efficiency)
+        start_s = self._d2h.free_at_s
+        if runs:
+            self._d2h.work(self.cost.copy_s(num_bytes, len(runs)))
+        if self.checker is not None:
+            for layer in layers:
+                self.checker.write_layer_back(layer, runs, start_s, self._d2h.free_at_s)
+
     def run_layers(self, forward: Pass, layers: range, *, is_staged: bool) -> None:
         """See `Device`."""
         assert isinstance(forward, SimPass)

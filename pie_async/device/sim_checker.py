@@ -150,17 +150,33 @@ class KvChecker:
         self.memory.begin(operation)
         if not runs:
             return
+        pooled, staged = self._ends(operation, layer, runs)
+        if outcome == "fails":
+            tags = np.full(len(staged), DAMAGED + _layer_salt(layer))
+            self.memory.write(operation, staged, tags, np.zeros_like(tags))
+        else:
+            self._copy(operation, pooled, staged, outcome)
+
+    def write_layer_back(
+        self, layer: int, runs: Sequence[CopyRun], start_s: float, end_s: float
+    ) -> None:
+        """The same, the other way; raises as `SimMemory.copy`."""
+        operation = Operation(2, f"write-back of layer {layer}", start_s, end_s)
+        self.memory.begin(operation)
+        if runs:
+            pooled, staged = self._ends(operation, layer, runs)
+            self.memory.copy(operation, staged, pooled)
+
+    def _ends(
+        self, operation: Operation, layer: int, runs: Sequence[CopyRun]
+    ) -> tuple[Locations, Locations]:
+        """Locations in the pool and in the staging ring."""
         host = np.concatenate([np.arange(r.host_slot, r.host_slot + r.count) for r in runs])
         device = np.concatenate([np.arange(r.device_slot, r.device_slot + r.count) for r in runs])
         for slot in (int(device.min()), int(device.max())):
             if not self.memory.is_staging(slot):
-                raise CorruptKv(f"{operation.label} writes slot {slot}, which is no staging slot")
-        sources, destinations = self.memory.host(host, layer), self.memory.device(device, layer)
-        if outcome == "fails":
-            tags = np.full(len(destinations), DAMAGED + _layer_salt(layer))
-            self.memory.write(operation, destinations, tags, np.zeros_like(tags))
-        else:
-            self._copy(operation, sources, destinations, outcome)
+                raise CorruptKv(f"{operation.label} uses slot {slot}, which is no staging slot")
+        return self.memory.host(host, layer), self.memory.device(device, layer)
 
     def _copy(
         self, operation: Operation, sources: Locations, destinations: Locations, outcome: Outcome

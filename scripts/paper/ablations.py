@@ -5,9 +5,8 @@
 Everything is there at once and more than fits. `base` is the engine as it is. Then: CUDA graphs
 off (`graphs`), the staging ring's depth and the layers of a group (`ring`, `group`), no copy
 issued for an iteration before the one before it has ended (`prefetch`: one iteration in flight
-instead of two), a fixed number of streamed blocks instead of the governor (`static`). KV is
-written to the pool once; what the paper's exchange would have copied out as well, in every
-iteration, is worked out from what was streamed (`exchange_out_bytes`).
+instead of two), the paper's exchange, which copies what was staged back to the pool in every
+iteration (`exchange`), a fixed number of streamed blocks instead of the governor (`static`).
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from scripts.paper.load import Row, measure
 from scripts.paper.options import engine_config, loop_of, parser_of, requests_of
 from scripts.paper.results import Results, replot
 
-PARTS = ("graphs", "ring", "group", "prefetch", "static")
+PARTS = ("graphs", "ring", "group", "prefetch", "exchange", "static")
 
 
 class Variant(msgspec.Struct, frozen=True):
@@ -41,8 +40,6 @@ class Ablation(Row, frozen=True, kw_only=True):
     value: str
     of_base: float
     """Throughput over that of `base`."""
-    exchange_out_bytes: int
-    """What an exchange would have copied to the pool: all that was streamed."""
 
 
 def main() -> None:
@@ -66,7 +63,6 @@ def main() -> None:
                     part=variant.part,
                     value=variant.value,
                     of_base=row.steady_tokens_per_s / base if base else 0.0,
-                    exchange_out_bytes=row.streamed_bytes,
                 )
             )
     results.finish()
@@ -83,6 +79,10 @@ def variants_of(given: argparse.Namespace) -> Iterator[Variant]:
         yield from (Variant("group", str(size), {"layer_group": size}) for size in given.group)
     if "prefetch" in given.parts:
         yield Variant("prefetch", "off", {"iterations_in_flight": 1})
+    if "exchange" in given.parts:
+        # What is on its way out takes a ring buffer, too.
+        for depth in (given.base_ring, 2 * given.base_ring):
+            yield Variant("exchange", f"ring {depth}", {"exchange": True, "ring_depth": depth})
     if "static" in given.parts:
         yield from (Variant("static", str(n), {"streamed_blocks": n}) for n in given.static)
 

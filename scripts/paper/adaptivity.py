@@ -19,7 +19,7 @@ from typing import Any
 import msgspec
 
 from pie_async import Engine
-from pie_async.config import parse_size
+from pie_async.config import EngineConfig, parse_size
 from pie_async.device.cost_model import (
     PoolingBound,
     gpu_named,
@@ -27,9 +27,10 @@ from pie_async.device.cost_model import (
     pooling_bound,
     shape_named,
 )
+from scripts.paper.load import Engines
 from scripts.paper.options import engine_config, loop_of, parser_of
 from scripts.paper.phases import LONG_PROMPTS, SHORT, Phase, PhaseSeen, Seen, run_phases
-from scripts.paper.results import Results, freeze, replot, thaw
+from scripts.paper.results import Results, replot
 
 MOST_OF_BOUND = 1.6
 """Where fixed settings end, unless told, in bounds of what hides behind decoding. Beside prompts
@@ -83,12 +84,19 @@ def main() -> None:
         given.name, given.results, {name: getattr(given, name) for name in named}, draw
     )
     with loop_of(given) as runner:
-        _measure(given, results.add, runner.run)
+        engines = Engines(runner)
+
+        def run(blocks: int | None, seed: int) -> Run:
+            engine = engines.of(_config(given, is_fixed=blocks is not None))
+            return runner.run(_run(given, engine, blocks, seed))
+
+        _measure(given, results.add, run)
+        engines.close()
     results.finish()
 
 
 def _measure(
-    given: argparse.Namespace, add: Callable[[Point], None], run: Callable[[Any], Run]
+    given: argparse.Namespace, add: Callable[[Point], None], run: Callable[[int | None, int], Run]
 ) -> None:
     """All fixed settings, then the governor beside the best of them."""
     bound = _bound(given)
@@ -98,7 +106,7 @@ def _measure(
     for count, blocks in enumerate([*settings, None], start=1):
         name = "the governor" if blocks is None else f"{blocks} blocks"
         print(f"[setting {count} of {len(settings) + 1}: {name}]", flush=True)
-        runs = [run(_run(given, blocks, given.seed + number)) for number in range(given.seeds)]
+        runs = [run(blocks, given.seed + number) for number in range(given.seeds)]
         together = [_together(phase) for phase in zip(*runs, strict=True)]
         if blocks is not None:
             fixed[blocks] = together
@@ -154,24 +162,25 @@ def _together(seen: Sequence[PhaseSeen]) -> PhaseSeen:
     )
 
 
-async def _run(given: argparse.Namespace, blocks: int | None, seed: int) -> Run:
-    """One engine through all phases."""
-    fields: dict[str, Any] = {"streamed_blocks": blocks}
+def _config(given: argparse.Namespace, *, is_fixed: bool) -> EngineConfig:
+    fields: dict[str, Any] = {"streamed_blocks": 0 if is_fixed else None}
     if given.device == "sim":
         fields |= {"sim_gpu": given.gpu, "sim_link": given.link}
-    config = engine_config(given, parse_size(given.kv, option="--kv"), **fields)
-    async with Engine(config) as engine:
-        freeze()
-        seen = await run_phases(
-            engine,
-            phases_of(given),
-            seconds=given.seconds,
-            settling=given.settling,
-            context=given.context,
-            seed=seed,
-        )
-    thaw()
-    return seen
+    return engine_config(given, parse_size(given.kv, option="--kv"), **fields)
+
+
+async def _run(given: argparse.Namespace, engine: Engine, blocks: int | None, seed: int) -> Run:
+    """All phases with one setting."""
+    if blocks is not None:
+        await engine.fix_streaming(blocks)
+    return await run_phases(
+        engine,
+        phases_of(given),
+        seconds=given.seconds,
+        settling=given.settling,
+        context=given.context,
+        seed=seed,
+    )
 
 
 def phases_of(given: argparse.Namespace) -> list[Phase]:

@@ -18,7 +18,7 @@ from typing import Any
 
 import msgspec
 
-from pie_async.assembly.sizing import GPU_LAYER_GROUPS
+from pie_async.assembly.sizing import model_layout
 from pie_async.config import parse_size
 from pie_async.device.cost_model import ModelShape, gpu_named, link_named, shape_named
 from scripts.paper.load import Row, measure
@@ -31,8 +31,6 @@ FARTHEST = 64
 """Less than this part of the unpooled engine's KV memory is not tried."""
 RING_SLOTS = 1.5
 """Of the staging ring, per block that was streamed on the average."""
-RING_DEPTH = 2
-"""Of the staging ring on a GPU, in `GPU_LAYER_GROUPS` groups; the simulator gets the same."""
 
 
 class Point(msgspec.Struct, frozen=True, kw_only=True):
@@ -161,7 +159,7 @@ async def _measure(given: argparse.Namespace, link: str | None, kv_bytes: int) -
     """Pie with its pool behind `link`, or no pool."""
     fields: dict[str, Any] = {}
     if given.device == "sim":
-        fields = {"sim_gpu": given.gpu, "sim_link": link or given.link[0], **_ring(given.model)}
+        fields = {"sim_gpu": given.gpu, "sim_link": link or given.link[0]}
     mode = "off" if link is None else "pie"
     config = engine_config(given, kv_bytes, **fields, **MODES[mode])
     items = requests_of(given, given.workload, given.requests)
@@ -176,19 +174,13 @@ async def _measure(given: argparse.Namespace, link: str | None, kv_bytes: int) -
     return row
 
 
-def _ring(model: str) -> dict[str, int]:
-    """How a GPU stages."""
-    layers = shape_named(model).num_layers
-    return {"layer_group": -(-layers // GPU_LAYER_GROUPS), "ring_depth": RING_DEPTH}
-
-
 def _point(given: argparse.Namespace, link: str, off: Row, pie: Row, runs: int) -> Point:
     shape = shape_named(given.model)
     gpu = gpu_named(given.gpu)
     rate = link_named(link).bytes_per_s / (gpu.efficiency * gpu.hbm_bytes_per_s)
     least = least_kv_bound(shape.weight_bytes, (1 - given.within), off.kv_bytes, rate)
-    ring, tokens = _ring(given.model), engine_config(given, off.kv_bytes).block_tokens
-    slot_bytes = ring["layer_group"] * ring["ring_depth"] * tokens * shape.token_layer_kv_bytes
+    layout = model_layout(engine_config(given, off.kv_bytes), shape, shape.kv_item_bytes)
+    slot_bytes = layout.ring_layers * layout.layer_block_bytes
     ring_bytes = round(RING_SLOTS * pie.mean_streamed_blocks * slot_bytes)
     off_total = weights_of(shape) + off.kv_bytes
     pie_total = weights_of(shape) + pie.kv_bytes + ring_bytes

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AbstractAsyncContextManager
 from typing import Any
 
 import msgspec
@@ -69,8 +70,54 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
     """Between two tokens of any request, cut-off ones included: large when somebody starves."""
 
 
-async def measure(
-    config: EngineConfig,
+@contextlib.asynccontextmanager
+async def running(config: EngineConfig) -> AsyncIterator[Engine]:
+    """An engine that has answered a few requests already."""
+    began_s = time.perf_counter()
+    async with Engine(config) as engine:
+        freeze()
+        print(f"[{config.model}: started in {time.perf_counter() - began_s:.1f} s]", flush=True)
+        warm_up = [WorkItem(prompt_tokens=64, output_tokens=8)] * 8
+        await put_load(EngineTarget(engine), warm_up, _fill(engine, seed=0))
+        yield engine
+    thaw()
+
+
+class Engines:
+    """One engine at a time, kept as long as the next row wants the same configuration: a start
+    takes 10 to 25 s on a GPU.
+
+    Args:
+        runner: whose loop it runs on, between rows too.
+    """
+
+    def __init__(self, runner: asyncio.Runner) -> None:
+        self._runner = runner
+        self._open: tuple[EngineConfig, AbstractAsyncContextManager[Engine], Engine] | None = None
+
+    def of(self, config: EngineConfig) -> Engine:
+        """The engine of this configuration; the one before it is stopped if it is another."""
+        if self._open is None or self._open[0] != config:
+            self.close()
+            manager = running(config)
+            self._open = config, manager, self._runner.run(manager.__aenter__())
+        return self._open[2]
+
+    def close(self) -> None:
+        """Stop what runs."""
+        if self._open is not None:
+            self._runner.run(self._open[1].__aexit__(None, None, None))
+            self._open = None
+
+
+async def measure(config: EngineConfig, items: Sequence[WorkItem], **how: Any) -> Row:
+    """As `measure_on`, with an engine of its own."""
+    async with running(config) as engine:
+        return await measure_on(engine, items, **how)
+
+
+async def measure_on(
+    engine: Engine,
     items: Sequence[WorkItem],
     *,
     mode: str,
@@ -81,7 +128,7 @@ async def measure(
     until: float = 1.0,
     on_end: Callable[[Sequence[RequestTimes]], None] = lambda _: None,
 ) -> Row:
-    """Start an engine, put the load on it, stop it.
+    """Put a load on an engine on which nothing else runs.
 
     Args:
         mode: what the row calls this configuration.
@@ -91,22 +138,15 @@ async def measure(
             mode, about the same tokens then are.
         on_end: told of the requests as clients saw them.
     """
-    began_s = time.perf_counter()
-    async with Engine(config) as engine:
-        freeze()
-        print(f"[{mode}: started in {time.perf_counter() - began_s:.1f} s]", flush=True)
-        fill = Prompts(vocab_size=engine.model.vocab_size, first_token=FIRST_TOKEN, seed=seed)
-        warm_up = [WorkItem(prompt_tokens=64, output_tokens=8)] * 8
-        await put_load(EngineTarget(engine), warm_up, fill)
-        fitting = [_fitting(item, engine.model.max_model_len) for item in items]
-        before = engine.stats()
-        streamed = _Streamed(engine)
-        load = _Load(engine, fitting, fill, until)
-        await load.run(limit_s)
-        mean_streamed = streamed.stop()
-        spent = _spent(engine.stats(), before)
-        kv_bytes = before.device_blocks * before.block_bytes
-    thaw()
+    config = engine.config
+    fitting = [_fitting(item, engine.model.max_model_len) for item in items]
+    before = engine.stats()
+    streamed = _Streamed(engine)
+    load = _Load(engine, fitting, _fill(engine, seed=seed), until)
+    await load.run(limit_s)
+    mean_streamed = streamed.stop()
+    spent = _spent(engine.stats(), before)
+    kv_bytes = before.device_blocks * before.block_bytes
     on_end(load.requests)
     iterations = max(1, spent.iterations)
     mean_s = (spent.compute_s + spent.stall_s) / iterations
@@ -235,6 +275,10 @@ class _Streamed:
         """The mean."""
         self._task.cancel()
         return sum(self._seen) / max(1, len(self._seen))
+
+
+def _fill(engine: Engine, *, seed: int) -> Prompts:
+    return Prompts(vocab_size=engine.model.vocab_size, first_token=FIRST_TOKEN, seed=seed)
 
 
 def _fitting(item: WorkItem, longest: int) -> WorkItem:

@@ -23,10 +23,11 @@ from typing import Any
 
 import msgspec
 
+from pie_async import Engine
 from pie_async.config import parse_size
 from pie_async.workload import WorkItem
 from scripts._bench_gpu.peers import PeerFailed
-from scripts.paper.load import Row, measure
+from scripts.paper.load import Engines, Row, measure_on
 from scripts.paper.options import (
     MODES,
     Budget,
@@ -81,8 +82,17 @@ def main() -> None:
     run = _Run(given, Budget(given.budget), add, saturating)
     own = [mode for mode in given.modes if mode not in VLLM_MODES]
     with loop_of(given) as runner:
-        for workload in given.workload:
-            run.workload(workload, own, lambda *load: runner.run(_measured(given, *load)))
+        engines = Engines(runner)
+
+        def measured(workload: str, mode: str, requests: int, rate: float | None) -> Row:
+            kv_bytes = parse_size(given.kv, option="--kv")
+            engine = engines.of(engine_config(given, kv_bytes, **MODES[mode]))
+            return runner.run(_measured(given, engine, workload, mode, requests, rate))
+
+        for mode in own:
+            for workload in given.workload:
+                run.workload(workload, [mode], measured)
+        engines.close()
     for mode in given.modes:
         if mode in VLLM_MODES and run.budget.allows(mode):
             _vllm(given, run, mode)
@@ -177,10 +187,15 @@ def _vllm(given: argparse.Namespace, run: _Run, mode: str) -> None:
 
 
 async def _measured(
-    given: argparse.Namespace, workload: str, mode: str, requests: int, rate: float | None
+    given: argparse.Namespace,
+    engine: Engine,
+    workload: str,
+    mode: str,
+    requests: int,
+    rate: float | None,
 ) -> Row:
-    return await measure(
-        engine_config(given, parse_size(given.kv, option="--kv"), **MODES[mode]),
+    return await measure_on(
+        engine,
         _items(given, workload, requests, rate),
         mode=mode,
         workload=workload,

@@ -146,7 +146,7 @@ async def _points(
             model=engine.config.model,
             batch=batch,
             context=context,
-            layer_group=layout.layer_group,
+            layer_group=layout.largest_group,
             ring_depth=layout.ring_depth,
             link_share=streamed_bytes / link / resident_s,
             streamed_bytes=streamed_bytes,

@@ -31,8 +31,9 @@ async def said(*observations: IterationObserved) -> list[SchedulerMail]:
     return scheduler.drain()
 
 
-async def test_it_says_nothing_while_the_limit_stays():
-    assert await said(*[observed(0)] * 10) == []
+async def test_it_says_once_why_the_limit_is_what_it_is_while_it_stays():
+    (only,) = await said(*[observed(0)] * 10)
+    assert (only.limit_blocks, only.cause) == (0, "fits")
 
 
 async def test_it_tells_the_scheduler_every_new_limit_and_why():
@@ -41,6 +42,7 @@ async def test_it_tells_the_scheduler_every_new_limit_and_why():
     assert all(isinstance(one, SetStreamedLimit) and one.reason for one in mail)
     limits = [one.limit_blocks for one in mail]
     assert limits == sorted(set(limits))
+    assert {one.cause for one in mail} == {"demand"}
 
 
 async def test_it_takes_the_limit_back_when_everything_fits():

@@ -148,7 +148,7 @@ async def test_without_a_governor_the_limit_is_left_alone(started):
 
 async def test_a_new_limit_holds_from_the_next_plan_and_its_reason_is_shown(started):
     bench = started()
-    await bench.tell(SetStreamedLimit(limit_blocks=5, reason="because"))
+    await bench.tell(SetStreamedLimit(limit_blocks=5, cause="demand", reason="because"))
     stats = bench.actor.stats()
     assert (stats.streamed_limit_blocks, stats.governor_reason) == (5, "because")
 

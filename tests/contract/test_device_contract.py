@@ -164,6 +164,29 @@ class DeviceContract:
         staged = await issue(device, lambda: run_staged(device, again, runs))
         assert await sampled(device, staged) == resident
 
+    async def test_what_was_staged_is_written_back_to_where_it_came_from(self, device: Device):
+        await ran(device, prefill(0, PROMPT, (0, 1, 2)))
+        await demoted(device, (0, 1), (3, 4))
+        resident = await ran(device, feed(0, len(PROMPT), (5,)))
+        table, runs = in_staging(device, 2)
+        again = feed(0, len(PROMPT), (5,), tables=(table,), is_staged=True)
+
+        def exchange() -> None:
+            for layer in range(device.memory.layout.num_layers):
+                layers = range(layer, layer + 1)
+                device.stage(layers, runs)
+                device.d2h.wait(device.h2d.record())
+                # Other slots than those it came from: what is there now is seen to arrive.
+                first = device.memory.first_staging_slot
+                device.write_back(layers, (CopyRun(8, first, 2),))
+                device.h2d.wait(device.d2h.record())
+
+        await issue(device, exchange)
+        await device.drain()
+        moved = (CopyRun(8, device.memory.first_staging_slot, 2),)
+        staged = await issue(device, lambda: run_staged(device, again, moved))
+        assert await sampled(device, staged) == resident
+
     async def test_scattered_runs_are_staged_where_they_belong(self, device: Device):
         await ran(device, prefill(0, PROMPT, (0, 1, 2)))
         await demoted(device, (0, 1), (6, 2))

@@ -165,14 +165,14 @@ def test_stalls_are_not_taken_for_room():
         state = decide(state, iteration(state, wanted=50_000, link=link))
         limits.append(state.limit_blocks)
     assert max(limits) <= HIDDEN
-    assert state.decode_s == pytest.approx(DECODE_S)
+    assert state.decode.compute_s == pytest.approx(DECODE_S)
 
 
 def test_prompts_alone_teach_nothing_about_decoding():
     state = decide(fresh(), seen(decode_rows=0, prefill_tokens=512, compute_s=1.0))
-    assert state.decode_s == 0
+    assert state.decode.compute_s == 0
     state = decide(state, seen(decode_rows=3, prefill_tokens=512, compute_s=1.0))
-    assert state.decode_s == 0
+    assert state.decode.compute_s == 0
 
 
 @pytest.mark.parametrize("factor", [0.5, 2.0])
@@ -216,7 +216,7 @@ def test_while_prompts_keep_coming_the_device_s_own_bound_stands_for_a_decode_it
     state = msgspec.structs.replace(fresh(), decode_floor_s=floor_s)
     for _ in range(8):
         state = decide(state, iteration(state, wanted=1000, prefill_tokens=500, prefill_s=0.02))
-    assert state.decode_s == 0
+    assert state.decode.compute_s == 0
     hidden = int(LINK_SHARE * LINK * floor_s / BLOCK_BYTES)
     assert CAREFUL_FROM * hidden - 1 <= state.limit_blocks <= hidden
     state = decide(state, iteration(state, wanted=1000))
@@ -288,6 +288,7 @@ def test_longer_sequences_take_room_from_streaming_and_the_reason_is_told():
         state = decide(state, longer)
     assert before - 50 <= state.limit_blocks <= before - 30
     assert "within 0.0075 s" in state.reason
+    assert state.cause == "itl"
 
 
 # --- a batch that shrinks for a moment ------------------------------------------------------
@@ -325,3 +326,49 @@ def test_streaming_pays_where_more_of_it_raises_throughput(weights: int, streame
     resident = 10
     gains = throughput(weights, resident, streamed) > throughput(weights, resident, 0)
     assert pays(weight_bytes=weights, resident_bytes=resident) == gains
+
+
+# --- causes, and the two kinds of iterations --------------------------------------------------
+
+
+def test_every_limit_has_a_cause():
+    state = run(fresh(), 3, wanted=50_000)[-1]
+    assert state.cause == "demand"
+    assert run(state, 200, wanted=50_000)[-1].cause == "hiding"
+    assert run(state, 200, wanted=0)[-1].cause == "fits"
+    assert run(fresh(most_blocks=0), 1, wanted=50_000)[-1].cause == "cost"
+
+
+def test_a_change_of_cause_at_the_same_limit_is_told():
+    state = decide(fresh(), seen())
+    assert (state.limit_blocks, state.cause) == (0, "fits")
+
+
+def test_what_prompts_cost_is_kept_apart_from_what_decoding_costs():
+    state = fresh()
+    for number in range(100):
+        with_prompt = {"prefill_tokens": 512, "compute_s": 0.05, "stall_s": 0.0}
+        only_decodes = {"compute_s": DECODE_S, "stall_s": DECODE_S / 100}
+        shares = with_prompt if number % 2 else only_decodes
+        state = decide(state, seen(staging_busy_s=0.006, staged_bytes=BLOCK_BYTES, **shares))
+    assert state.decode.compute_s == pytest.approx(DECODE_S)
+    assert state.decode.stall_share == pytest.approx(0.01, rel=1e-3)
+    assert state.decode.busy_share == pytest.approx(0.006 / (1.01 * DECODE_S), rel=1e-3)
+    assert state.prefill.compute_s == pytest.approx(0.05)
+    assert state.prefill.stall_share == 0
+    assert state.prefill.busy_share == pytest.approx(0.12, rel=1e-3)
+
+
+def test_stall_behind_a_full_link_is_seen_between_iterations_in_which_it_is_idle():
+    """Long prompts leave the link idle for most of the time, decoding between them stalls on it:
+    on the average of both it would look as if the cause were elsewhere."""
+    state = run(fresh(), 200, wanted=50_000)[-1]
+    before = state.limit_blocks
+    for number in range(40):
+        if number % 2:
+            one = {"prefill_tokens": 4096, "compute_s": 0.05, "staging_busy_s": 0.008}
+        else:
+            one = {"compute_s": DECODE_S, "stall_s": 0.15 * DECODE_S, "staging_busy_s": 0.008}
+        state = decide(state, seen(streamed_blocks=before, wanted_blocks=50_000, **one))
+    assert state.limit_blocks < before
+    assert state.cause == "stall"

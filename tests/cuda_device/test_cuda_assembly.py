@@ -81,6 +81,7 @@ def config(**options) -> EngineConfig:
             "host_pool_bytes": MIB,
             "max_model_len": 64,
             "token_budget": 16,
+            "layer_group": 2,  # what a boundary costs is measured elsewhere
             "max_running_sequences": 2,
         }
         | options

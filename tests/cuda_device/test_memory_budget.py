@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import types
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -10,8 +11,10 @@ import torch
 from support.device_rigs import LAYOUT
 from support.fake_cuda_driver import FakeDriver
 
-from pie_async.config import GIB, MIB
+from pie_async.assembly import on_cuda
+from pie_async.config import GIB, MIB, EngineConfig
 from pie_async.core.layout import KvLayout
+from pie_async.cuda import rates
 from pie_async.cuda.card_memory import CardMemory
 from pie_async.cuda.memory_budget import (
     GRAPHS_BYTES,
@@ -23,12 +26,15 @@ from pie_async.cuda.memory_budget import (
     share_out,
 )
 from pie_async.cuda.profiling import PLAIN, WIDEST
-from pie_async.cuda.rates import measure_rates
-from pie_async.errors import ConfigError
+from pie_async.cuda.rates import measure_boundary, measure_rates
+from pie_async.errors import ConfigError, DeviceFault
 from pie_async.sampling_params import SamplingParams
 
 PAGE = 2 * MIB
-LLAMA = KvLayout(num_layers=32, block_tokens=16, kv_heads=8, head_dim=128, item_bytes=2)
+LLAMA = KvLayout(
+    num_layers=32, block_tokens=16, kv_heads=8, head_dim=128, item_bytes=2,
+    num_groups=32, ring_depth=3,
+)  # fmt: skip
 CARD = Card(total_bytes=140 * GIB, free_bytes=140 * GIB - 600 * MIB)
 
 
@@ -325,7 +331,50 @@ def test_graphs_get_the_room_that_the_largest_iteration_leaves():
 
 def test_rates_are_measured_on_the_drivers_device():
     driver = FakeDriver()
-    rates = measure_rates(driver, torch.float32, size=64, copy_bytes=2**16)
-    assert rates.flops_per_s > 0
-    assert rates.read_bytes_per_s > 0
+    measured = measure_rates(driver, torch.float32, size=64, copy_bytes=2**16)
+    assert measured.flops_per_s > 0
+    assert measured.read_bytes_per_s > 0
     driver.close()
+
+
+def test_a_boundary_between_layer_groups_is_measured_and_everything_given_back():
+    driver = FakeDriver()
+    boundary_s = measure_boundary(driver, size=16)
+    assert 0 < boundary_s < 1
+    assert driver.leftovers() == []
+    assert driver.streams == {}
+
+
+def test_a_fault_while_a_boundary_is_measured_is_raised_and_everything_given_back():
+    driver = FakeDriver()
+    driver.failing = "as the test asked"
+    with pytest.raises(DeviceFault):
+        measure_boundary(driver, size=16)
+    assert driver.leftovers() == []
+    assert driver.streams == {}
+
+
+def layout_of(driver: FakeDriver, weight_bytes: float, **options) -> KvLayout:
+    """Of a 64-layer model with so many weights; the stand-in reads 1 TB/s."""
+    model = types.SimpleNamespace(
+        num_layers=64, kv_heads=8, head_dim=128, weight_bytes=lambda item_bytes: weight_bytes
+    )
+    files = types.SimpleNamespace(config=model)
+    config = EngineConfig(device="cuda", **options)
+    return on_cuda._layout(config, files, torch.bfloat16, driver)
+
+
+def test_layer_groups_are_as_many_as_boundaries_allow(monkeypatch, caplog):
+    monkeypatch.setattr(rates, "measure_boundary", lambda driver: 4.3e-6)
+    caplog.set_level("INFO")
+    assert layout_of(FakeDriver(), 4.5e9).num_groups == 10
+    assert layout_of(FakeDriver(), 65e9).num_groups == 16
+    assert layout_of(FakeDriver(), 1e8).num_groups == 4
+    assert "10 layer groups, 2 of them in the staging ring: a boundary" in caplog.text
+    assert "4.3 us, the shortest iteration 4.50 ms" in caplog.text
+
+
+@pytest.mark.parametrize("options", [{"layer_group": 8}, {"host_pool_bytes": 0}])
+def test_nothing_is_measured_where_it_decides_nothing(monkeypatch, options: dict):
+    monkeypatch.setattr(rates, "measure_boundary", lambda driver: pytest.fail("measured"))
+    assert layout_of(FakeDriver(), 65e9, **options).num_groups == 8

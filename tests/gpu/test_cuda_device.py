@@ -30,6 +30,7 @@ from support.fake_cuda_driver import FakeDriver
 from pie_async.core.layout import KvLayout
 from pie_async.cuda.block_copy import to_device, to_host
 from pie_async.cuda.peer_arena import PeerArena
+from pie_async.cuda.rates import measure_boundary
 from pie_async.cuda.vmm import DeviceArena
 from pie_async.messages import CopyRun, TableUpdate
 
@@ -52,6 +53,13 @@ def real_driver():
     from pie_async.cuda.driver import Driver
 
     return Driver(torch.device("cuda"))
+
+
+def test_a_boundary_between_layer_groups_takes_microseconds(driver) -> None:
+    if isinstance(driver, FakeDriver):
+        assert 0 < measure_boundary(driver, size=16) < 1
+    else:
+        assert 0.5e-6 < measure_boundary(driver) < 50e-6
 
 
 def test_memory_mapped_twice_is_the_same_memory(driver) -> None:
@@ -130,7 +138,10 @@ def test_a_pool_in_gpu_memory_keeps_every_byte(driver, peer: int) -> None:
 
 
 def test_a_closed_pool_in_gpu_memory_gives_its_memory_back(driver) -> None:
-    layout = KvLayout(num_layers=4, block_tokens=16, kv_heads=8, head_dim=128, item_bytes=2)
+    layout = KvLayout(
+        num_layers=4, block_tokens=16, kv_heads=8, head_dim=128, item_bytes=2,
+        num_groups=4, ring_depth=3,
+    )  # fmt: skip
     driver.open_neighbour(0)
     before = driver.neighbour_free_bytes()
     pool = PeerArena(driver, layout, slots=400)
@@ -141,7 +152,10 @@ def test_a_closed_pool_in_gpu_memory_gives_its_memory_back(driver) -> None:
 
 
 def test_a_closed_arena_gives_all_its_memory_back(driver) -> None:
-    layout = KvLayout(num_layers=4, block_tokens=16, kv_heads=8, head_dim=128, item_bytes=2)
+    layout = KvLayout(
+        num_layers=4, block_tokens=16, kv_heads=8, head_dim=128, item_bytes=2,
+        num_groups=4, ring_depth=3,
+    )  # fmt: skip
     before = driver.free_bytes()
     arena = DeviceArena(driver, layout, device_slots=400, staging_slots=200, dtype=torch.float16)
     taken = before - driver.free_bytes()

@@ -64,7 +64,7 @@ def test_logits_of_a_full_shape_are_within_the_dtypes_error() -> None:
             else:
                 layout = KvLayout(
                     num_layers=32, block_tokens=16, kv_heads=8, head_dim=128, item_bytes=2,
-                    layer_group=1, ring_depth=2,
+                    num_groups=32, ring_depth=2,
                 )  # fmt: skip
                 runner = FusedRunner(decoder, kv, layout, max_tokens=512, uses_graphs=False, **how)
             return logits_of(runner, 7, kept)

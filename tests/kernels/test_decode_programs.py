@@ -27,8 +27,8 @@ from pie_async.sampling_params import SamplingParams
 from tests.support.checkpoints import write_checkpoint
 from tests.support.direct_runner import DirectRunner
 
-GROUP = 2
-"""Of three layers: the last group is shorter."""
+GROUPS = 2
+"""Of three layers: the first group is shorter."""
 DRAW = SamplingParams(temperature=0.8)
 COUNTED = SamplingParams(
     temperature=0.7, frequency_penalty=1.5, repetition_penalty=1.5, top_p=0.9, logprobs=2
@@ -62,7 +62,7 @@ class Fused(DirectRunner):
 
     def __init__(self, decoder, *, streams: bool = True, **how) -> None:
         make_runner = partial(self._make, streams)
-        super().__init__(decoder, make_runner=make_runner, layer_group=GROUP, lanes=4, **how)
+        super().__init__(decoder, make_runner=make_runner, num_groups=GROUPS, lanes=4, **how)
         self.passes: list[type] = []
         begin = self.runner.begin
 
@@ -82,7 +82,7 @@ class Fused(DirectRunner):
             kv_heads=config.kv_heads,
             head_dim=config.head_dim,
             item_bytes=4,
-            layer_group=GROUP,
+            num_groups=GROUPS,
             ring_depth=2,
         )
         return FusedRunner(
@@ -394,6 +394,8 @@ def test_a_runner_of_the_smallest_sizes_warms_up(decoder) -> None:
         kv_heads=config.kv_heads,
         head_dim=config.head_dim,
         item_bytes=4,
+        num_groups=config.num_layers,
+        ring_depth=2,
     )
     runner = FusedRunner(decoder, kv, layout, lanes=1, max_blocks=2, max_tokens=1)
     runner.warm_up()

@@ -351,7 +351,7 @@ def runner_of(decoder: Decoder, *, uses_flashinfer: bool, block_tokens: int = 4)
         config = decoder.config
         layout = KvLayout(
             num_layers=config.num_layers, block_tokens=block_tokens, kv_heads=config.kv_heads,
-            head_dim=config.head_dim, item_bytes=4, layer_group=1, ring_depth=2,
+            head_dim=config.head_dim, item_bytes=4, num_groups=config.num_layers, ring_depth=2,
         )  # fmt: skip
         return FusedRunner(
             decoder, kv, layout, lanes=lanes, max_blocks=max_blocks, max_tokens=1024,

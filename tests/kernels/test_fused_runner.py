@@ -42,7 +42,7 @@ def fused(decoder, **how):
             kv_heads=config.kv_heads,
             head_dim=config.head_dim,
             item_bytes=4,
-            layer_group=1,
+            num_groups=config.num_layers,
             ring_depth=2,
         )
         return FusedRunner(

@@ -48,6 +48,7 @@ async def outputs(seed: int = 0, **options) -> tuple[list[tuple[int, ...]], Engi
     [
         ({"streamed_blocks": 60}, "demotions"),
         ({}, "demotions"),
+        ({"streamed_blocks": 60, "exchange": True, "pool_idle_s": 0.001}, "promotions"),
         ({"host_pool_bytes": 0}, "preemptions_recomputed"),
         ({"layer_group": 3, "ring_depth": 2, "streamed_blocks": 20}, "demotions"),
         ({"iterations_in_flight": 1, "sim_link": "nvlink", "streamed_blocks": 60}, "promotions"),
@@ -78,6 +79,7 @@ async def test_random_load_with_cancellations_leaves_no_block_behind(seed: int):
         "streamed_blocks": rng.choice([None, 5, 40]),
         "layer_group": rng.choice([1, 2, 3]),
         "ring_depth": rng.choice([2, 3]),
+        "exchange": rng.choice([False, True]),
         "block_tokens": rng.choice([4, 16]),
         "token_budget": rng.choice([32, 512]),
     }

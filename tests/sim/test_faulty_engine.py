@@ -290,3 +290,8 @@ def test_faults_that_name_no_actor_are_refused_by_an_engine():
     plan = FaultPlan(faults=(ActorRaises(at=(1,), actors=("governor",)),))
     with pytest.raises(PieError, match="'governor'; there are compute, delivery"):
         Engine(device="sim", faults=plan)
+
+
+def test_copies_cannot_fail_where_what_was_staged_is_written_back():
+    with pytest.raises(ConfigError, match="copy_failed cannot happen here: with exchange"):
+        run(CopyFailed(at=(1,)), exchange=True)

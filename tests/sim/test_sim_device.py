@@ -423,23 +423,24 @@ async def test_a_slot_reused_before_its_last_reader_was_seen_is_caught():
 # --- the launcher's waits, taken away one by one ----------------------------------------------
 
 
-SIX_LAYERS = msgspec.structs.replace(LAYOUT, num_layers=6)
+SIX_LAYERS = msgspec.structs.replace(LAYOUT, num_layers=6, num_groups=6)
 """A multiple of the ring: otherwise one wait per iteration is implied by the one before it."""
 
 
-async def launch_three_iterations() -> None:
-    """Three staged iterations in flight at once."""
+async def launch_three_iterations(*, exchanges: bool = False) -> None:
+    """Three staged iterations in flight at once, and a promotion behind them."""
     device = await with_streamed_blocks(
         link_bytes_per_s=3e8,
         layout=SIX_LAYERS,
         shape=msgspec.structs.replace(SHAPE, num_layers=6),
     )
-    launcher = Launcher(device, asyncio.get_running_loop())
-    futures = []
+    launcher = Launcher(device, asyncio.get_running_loop(), exchanges=exchanges)
+    futures: list[asyncio.Future] = []
     for iteration in range(1, 4):
         command, runs = streaming(iteration)
         futures.append(launcher.run(command))
         futures.append(launcher.stage(StageIteration(iteration=iteration, runs=runs)))
+    futures.append(launcher.promote(moves((20,), (runs[0].host_slot,))))
     try:
         for future in futures:
             await future
@@ -448,13 +449,18 @@ async def launch_three_iterations() -> None:
         await asyncio.gather(*futures, return_exceptions=True)
 
 
-async def test_every_single_wait_of_the_launcher_is_needed(monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("exchanges", [False, True])
+async def test_every_single_wait_of_the_launcher_is_needed(
+    monkeypatch: pytest.MonkeyPatch, exchanges: bool
+):
     real_wait = SimStream.wait
     calls = count()
     monkeypatch.setattr(SimStream, "wait", lambda s, e: (next(calls), real_wait(s, e))[1])
-    await launch_three_iterations()
+    await launch_three_iterations(exchanges=exchanges)
     num_waits = next(calls)
-    assert num_waits == 3 * 2 * SIX_LAYERS.num_layers - SIX_LAYERS.ring_depth
+    groups = SIX_LAYERS.num_groups
+    expected = 3 * 2 * groups - SIX_LAYERS.ring_depth
+    assert num_waits == expected + (3 * groups + 1 if exchanges else 0)
 
     for removed in range(num_waits):
         calls = count()
@@ -466,4 +472,4 @@ async def test_every_single_wait_of_the_launcher_is_needed(monkeypatch: pytest.M
             ),
         )
         with pytest.raises(UnorderedAccess):
-            await launch_three_iterations()
+            await launch_three_iterations(exchanges=exchanges)

@@ -14,7 +14,9 @@ from pie_async.device.sim import SimDevice
 from pie_async.device.sim_sampler import EndOfSequence
 from pie_async.errors import DeviceFault
 
-LAYOUT = KvLayout(num_layers=5, block_tokens=4, kv_heads=2, head_dim=8, item_bytes=4, ring_depth=2)
+LAYOUT = KvLayout(
+    num_layers=5, block_tokens=4, kv_heads=2, head_dim=8, item_bytes=4, num_groups=5, ring_depth=2
+)
 DEVICE_SLOTS, HOST_SLOTS, VOCAB = 32, 16, 64
 CHUNK_SLOTS = 5
 """So few that the host pool has several chunks."""

@@ -43,7 +43,7 @@ class DirectRunner:
         slots: per layer; which of them a block gets is drawn from `seed`.
         poison: fill all KV with NaN first, as if freed slots had been poisoned.
         make_runner: another kind of runner; then no logits are kept.
-        layer_group: layers that run together.
+        num_groups: in which layers run; None: layer by layer.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class DirectRunner:
         seed: int = 0,
         poison: bool = True,
         make_runner: Callable[..., Any] = ModelRunner,
-        layer_group: int = 1,
+        num_groups: int | None = None,
     ) -> None:
         config = decoder.config
         shape = (slots, 2, config.kv_heads, block_tokens, config.head_dim)
@@ -69,9 +69,10 @@ class DirectRunner:
         self.runner = make_runner(
             decoder, self.kv, lanes=lanes, max_blocks=max_blocks, block_tokens=block_tokens
         )
+        layers, groups = config.num_layers, num_groups or config.num_layers
         self._groups = [
-            range(first, min(first + layer_group, config.num_layers))
-            for first in range(0, config.num_layers, layer_group)
+            range(index * layers // groups, (index + 1) * layers // groups)
+            for index in range(groups)
         ]
         self._block_tokens = block_tokens
         self._free = list(range(slots))
