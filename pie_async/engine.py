@@ -31,9 +31,11 @@ from pie_async.metrics import EngineStats
 from pie_async.model_info import ModelInfo
 from pie_async.outputs import RequestOutput
 from pie_async.request_stream import RequestStream, SequenceOutput
+from pie_async.runtime.faults import PROCESS_POINTS, FaultPlan
+from pie_async.runtime.faulty_actors import log_on_full_disk
 from pie_async.sampling_params import SamplingParams
 from pie_async.story import Story
-from pie_async.wiring import Actors
+from pie_async.wiring import Actors, arm
 
 _log = logging.getLogger(__name__)
 
@@ -49,17 +51,28 @@ class Engine:
 
     Args:
         config: how to set it up; or give the fields of `EngineConfig` as keyword arguments.
+        faults: what is to go wrong with it, for tests; see `pie_async.runtime.faults`.
 
     Raises:
         ConfigError: options that cannot work (on construction and in `start`).
     """
 
-    def __init__(self, config: EngineConfig | None = None, **options: Any) -> None:
+    def __init__(
+        self,
+        config: EngineConfig | None = None,
+        *,
+        faults: FaultPlan | None = None,
+        **options: Any,
+    ) -> None:
         if config is None:
             config = EngineConfig(**options)
         elif options:
             config = msgspec.structs.replace(config, **options)
         self.config = config
+        self.faults = None
+        if faults is not None:
+            why = "the engine has no process of its own; use ResilientEngine"
+            self.faults = arm(faults, *PROCESS_POINTS, why=why)
         self._parts: Parts | None = None
         self._actors: Actors | None = None
         self._watch: asyncio.Task[None] | None = None
@@ -91,7 +104,9 @@ class Engine:
             raise EngineStopped("an engine starts once; make a new one")
         self._has_started = True
         loop = asyncio.get_running_loop()
-        parts = await asyncio.to_thread(assemble, self.config, progress=progress)
+        parts = await asyncio.to_thread(
+            assemble, self.config, progress=progress, faults=self.faults
+        )
         parts.device.start(loop)
         self.story = Story(loop.time)
         self._parts = parts
@@ -101,11 +116,16 @@ class Engine:
             self.story,
             on_finished=self._forget,
             on_shorter=self._limit_length,
+            faults=self.faults,
         )
         self._started_s = loop.time()
         self._watch = asyncio.create_task(self._supervise(parts), name="pie-supervisor")
 
     async def _supervise(self, parts: Parts) -> None:
+        with log_on_full_disk(self.faults):
+            await self._run_actors(parts)
+
+    async def _run_actors(self, parts: Parts) -> None:
         assert self._actors is not None
         try:
             await self._actors.supervisor.run()
@@ -330,6 +350,11 @@ class Engine:
     @property
     def is_accepting(self) -> bool:
         return self.is_running and not self._is_draining
+
+    @property
+    def failure(self) -> PieError | None:
+        """Why it stopped; None while it runs, and when it was closed."""
+        return self._failure
 
     @property
     def model(self) -> ModelInfo:

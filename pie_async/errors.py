@@ -80,6 +80,10 @@ class EngineStopped(PieError):
     """The engine is closed, draining or has failed; `__cause__` says why where there is a cause."""
 
 
+class SequenceLost(PieError):
+    """A sequence's KV was lost in failed copies too often; the others go on. Ask again."""
+
+
 class DeviceFault(PieError):
     """The device failed in a way that leaves its memory in doubt; the engine must be restarted."""
 

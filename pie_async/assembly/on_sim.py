@@ -55,7 +55,13 @@ def assemble_sim(config: EngineConfig) -> Parts:
         num_parameters=shape.weight_bytes // shape.weight_item_bytes,
         weight_bytes=shape.weight_bytes,
     )
-    device = SimDevice(memory=memory, cost=cost, seed=config.seed, checked=config.debug)
+    device = SimDevice(
+        memory=memory,
+        cost=cost,
+        seed=config.seed,
+        checked=config.debug,
+        checks_copies=config.check_copies,
+    )
     return Parts(
         device=device,
         tokenizer=ByteTokenizer(shape.vocab_size),

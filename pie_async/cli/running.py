@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from pie_async.engine import Engine
     from pie_async.resilience.engine import ResilientEngine
+    from pie_async.runtime.faults import FaultPlan
 
 E = TypeVar("E", "Engine", "ResilientEngine")
 
@@ -42,11 +43,13 @@ def messages() -> Console:
     return Console(stderr=True, highlight=False)
 
 
-def started(config: EngineConfig) -> AbstractAsyncContextManager[Engine]:
+def started(
+    config: EngineConfig, faults: FaultPlan | None = None
+) -> AbstractAsyncContextManager[Engine]:
     """A started engine in this process; a bar shows the weights being loaded."""
     from pie_async.engine import Engine
 
-    return starting(Engine(config))
+    return starting(Engine(config, faults=faults))
 
 
 @asynccontextmanager

@@ -284,6 +284,18 @@ class ResidencyMap:
         else:
             self._let_go(block)
 
+    def fail_demote(self, block_id: BlockId) -> None:
+        """The copy out came to nothing: the block stays where it is."""
+        block = self.blocks[block_id]
+        block.move = None
+        self.moving_out -= 1
+        self._unstage(block)
+        assert block.host_slot is not None
+        self._retire(self.host, block.host_slot)
+        block.host_slot = None
+        if not block.owners:
+            self._let_go(block)
+
     def _leave_device(self, block: Block) -> None:
         assert block.device_slot is not None
         self.clean_resident.pop(block.id, None)
@@ -313,6 +325,17 @@ class ResidencyMap:
         self._unstage(block)
         self.clean_resident[block.id] = block
         self._mark_moved(block)
+
+    def fail_promote(self, block_id: BlockId) -> None:
+        """The copy in came to nothing: the block stays in the pool."""
+        block = self.blocks[block_id]
+        block.move = None
+        self.moving_in -= 1
+        assert block.device_slot is not None
+        self._retire(self.device, block.device_slot)
+        block.device_slot = None
+        if not block.owners:
+            self._let_go(block)
 
     def _mark_moved(self, block: Block) -> None:
         for seq, index in block.owners:

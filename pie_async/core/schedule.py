@@ -17,7 +17,7 @@ from pie_async.core.prefix_hash import PrefixHasher
 from pie_async.core.residency import Block, ResidencyMap
 from pie_async.core.sequence import Sequence, State
 from pie_async.core.slots import SlotPool
-from pie_async.ids import BlockId, IterationId, Lane, SequenceId
+from pie_async.ids import BlockId, DeviceSlot, HostSlot, IterationId, Lane, SequenceId
 from pie_async.messages import Advance, BlockMove, PoolGrown, Row, SampledToken, Submit
 from pie_async.outputs import FinishReason
 
@@ -41,6 +41,12 @@ Measured in simulation, 64 prompts of 1,024 equal tokens at once, 8,192 tokens p
 TTFT 45 ms instead of 313."""
 
 
+MOST_LOSSES = 3
+"""A sequence whose KV was lost in copies is computed again; after so many times it ends instead."""
+
+StagedBlock = tuple[DeviceSlot, HostSlot, BlockId]
+
+
 @dataclass(slots=True)
 class Launched:
     """An iteration that was issued and has not settled."""
@@ -53,6 +59,7 @@ class Launched:
     streamed_blocks: int
     wanted_blocks: int
     is_staged: bool
+    staged: list[StagedBlock]
 
 
 @dataclass(slots=True)
@@ -70,6 +77,9 @@ class Counts:
     preemptions_recomputed: int = 0
     demotions: int = 0
     promotions: int = 0
+    copies_lost: int = 0
+    sequences_begun_anew: int = 0
+    sequences_lost: int = 0
 
 
 @dataclass(slots=True)
@@ -118,6 +128,8 @@ class Schedule:
     """For how many plans in a row."""
     waiting_blocks: int = 0
     """Blocks that the waiting sequences' tokens need."""
+    damaged: set[SequenceId] = field(default_factory=set)
+    """Parked sequences that start over once their last iterations, worthless ones, are over."""
     num_waiting: int = 0
     _waiting: list[tuple[tuple[int, int], Sequence]] = field(default_factory=list)
     _followers: dict[SequenceId, list[Sequence]] = field(default_factory=dict)
@@ -185,40 +197,118 @@ class Schedule:
         return self.cancel(too_long, "abort") + self.cancel(full, "length")
 
     def settle(
-        self, iteration: IterationId, sampled: Iterable[SampledToken]
+        self,
+        iteration: IterationId,
+        sampled: Iterable[SampledToken],
+        unstaged: Iterable[HostSlot] = (),
     ) -> tuple[Launched, list[Advance]]:
-        """An iteration is over: its KV is written and these are its tokens."""
+        """An iteration is over: its KV is written and these are its tokens.
+
+        Args:
+            unstaged: host slots whose blocks it found wrong.
+        """
         launched = self.in_flight.popleft()
         assert launched.iteration == iteration, f"iteration {iteration} settled out of order"
         self.residency.settled(iteration)
         size, sequences = self.block_tokens, self.sequences
-        for row in launched.rows:
+        rows, advances = launched.rows, list[Advance]()
+        if unstaged:
+            advances = self._damage(launched, frozenset(unstaged))
+        if self.damaged:
+            rows, sampled = self._without_damaged(rows, sampled)
+        for row in rows:
             seq = sequences.get(row.sequence)
             if seq is not None:
                 seq.launches_in_flight -= 1
                 seq.num_settled = row.start + (len(row.tokens) or 1)
                 if seq.num_settled >= (seq.num_sealed + 1) * size:
                     self._seal(seq)
-        advances = []
         for token in sampled:
             seq = sequences.get(token.sequence)
             if seq is not None:
                 advances.append(self._advance(seq, token))
-        self.counts.output_tokens += len(advances)
+                self.counts.output_tokens += 1
         return launched, advances
 
-    def swapped_out(self, blocks: Iterable[BlockId]) -> None:
+    def swapped_out(self, blocks: Iterable[BlockId], failed: Iterable[BlockId] = ()) -> None:
+        """Copies to the pool are over; those that failed leave their blocks where they are."""
         for block in blocks:
             self.residency.finish_demote(block)
             self.counts.demotions += 1
+        for block in failed:
+            self.residency.fail_demote(block)
+            self.counts.copies_lost += 1
 
-    def swapped_in(self, blocks: Iterable[BlockId]) -> None:
+    def swapped_in(
+        self, blocks: Iterable[BlockId], failed: Iterable[BlockId] = ()
+    ) -> list[Advance]:
+        """Copies home are over; a sequence that waits for one that failed is computed again."""
         for block in blocks:
             self.residency.finish_promote(block)
             self.counts.promotions += 1
+        advances: list[Advance] = []
+        for block in failed:
+            waiting = [seq for seq, _ in self.residency.blocks[block].owners]
+            self.residency.fail_promote(block)
+            self.counts.copies_lost += 1
+            for seq in waiting:
+                if seq.state is State.RESUMING and not self._lose(seq, advances):
+                    self.resuming.remove(seq)
+                    self._begin_anew(seq)
         for seq in [s for s in self.resuming if is_readable(s)]:
             self.resuming.remove(seq)
             self.start(seq)
+        return advances
+
+    # --- KV that was lost -----------------------------------------------------------------------
+
+    def _damage(self, launched: Launched, unstaged: frozenset[HostSlot]) -> list[Advance]:
+        """Set those aside that read these slots: what they computed since is worthless. Nothing
+        of it is sealed, so nobody shares it."""
+        advances: list[Advance] = []
+        rows = {row.sequence for row in launched.rows}
+        for _, host_slot, block_id in launched.staged:
+            block = self.residency.blocks.get(block_id) if host_slot in unstaged else None
+            for seq, _ in tuple(block.owners) if block is not None else ():
+                if seq.id in rows and seq.id not in self.damaged and not self._lose(seq, advances):
+                    if seq.state is State.RUNNING:
+                        self._set_aside(seq)
+                    self.damaged.add(seq.id)
+        self.counts.copies_lost += len(unstaged)
+        return advances
+
+    def _lose(self, seq: Sequence, advances: list[Advance]) -> bool:
+        """Count a loss; True if it was one too many, and the sequence is over."""
+        seq.num_losses += 1
+        if seq.num_losses <= MOST_LOSSES:
+            return False
+        self.finish(seq, "abort")
+        self.counts.sequences_lost += 1
+        why = f"its KV was lost {seq.num_losses} times in copies that failed"
+        advances.append(Advance(seq.id, None, "abort", lost_because=why))
+        return True
+
+    def _without_damaged(
+        self, rows: tuple[Row, ...], sampled: Iterable[SampledToken]
+    ) -> tuple[tuple[Row, ...], list[SampledToken]]:
+        """What an iteration did for the others. A damaged sequence starts over once none of its
+        iterations is under way."""
+        damaged = frozenset(self.damaged)
+        kept = [token for token in sampled if token.sequence not in damaged]
+        for row in rows:
+            if row.sequence in damaged:
+                seq = self.sequences[row.sequence]
+                seq.launches_in_flight -= 1
+                seq.samples_in_flight -= row.is_sampled
+                if seq.launches_in_flight == 0:
+                    self.parked.remove(seq)
+                    self.damaged.remove(seq.id)
+                    self._begin_anew(seq)
+        return tuple(row for row in rows if row.sequence not in damaged), kept
+
+    def _begin_anew(self, seq: Sequence) -> None:
+        self._forget_kv(seq)
+        self.counts.sequences_begun_anew += 1
 
     # --- queues -------------------------------------------------------------------------------
 
@@ -267,6 +357,11 @@ class Schedule:
 
     def park(self, seq: Sequence) -> None:
         """Preempt a running sequence and keep its KV."""
+        self._set_aside(seq)
+        self.counts.preemptions_parked += 1
+        self.growth_blocks = min(MOST_GROWTH_BLOCKS, self.growth_blocks + GROWTH_PER_PARKING)
+
+    def _set_aside(self, seq: Sequence) -> None:
         self._leave_lane(seq)
         seq.move_to(State.PARKED)
         insort(self.parked, seq, key=_by_order)
@@ -274,8 +369,6 @@ class Schedule:
         for block in seq.table:
             if block.is_streamed and not is_read_by_running(block):
                 self.residency.unstage(block)
-        self.counts.preemptions_parked += 1
-        self.growth_blocks = min(MOST_GROWTH_BLOCKS, self.growth_blocks + GROWTH_PER_PARKING)
 
     def resume(self, seq: Sequence) -> None:
         """Its copies are under way; `swapped_in` will start it."""
@@ -290,11 +383,15 @@ class Schedule:
         """
         assert seq.launches_in_flight == 0
         self.parked.remove(seq)
+        self._forget_kv(seq)
+        self.counts.preemptions_recomputed += 1
+
+    def _forget_kv(self, seq: Sequence) -> None:
+        """All its tokens are to be computed again; it is in no queue."""
         self._release_table(seq)
         seq.num_launched = seq.num_settled = seq.num_sealed = seq.demote_from = 0
         seq.move_to(State.WAITING)
         self._enqueue(seq)
-        self.counts.preemptions_recomputed += 1
 
     def finish(self, seq: Sequence, reason: FinishReason) -> None:
         """Take a sequence out of its queue and its memory back."""
@@ -310,6 +407,7 @@ class Schedule:
         seq.move_to(State.FINISHED)
         self._release_table(seq)
         del self.sequences[seq.id]
+        self.damaged.discard(seq.id)
         self._free_followers(seq)
         self.counts.sequences_finished += 1
         self.growth_blocks = max(LEAST_GROWTH_BLOCKS, self.growth_blocks - GROWTH_PER_END)

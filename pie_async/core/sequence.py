@@ -26,7 +26,7 @@ LEGAL_MOVES: dict[State, frozenset[State]] = {
     State.WAITING: frozenset({State.RUNNING, State.FINISHED}),
     State.RUNNING: frozenset({State.PARKED, State.FINISHED}),
     State.PARKED: frozenset({State.RESUMING, State.WAITING, State.FINISHED}),
-    State.RESUMING: frozenset({State.RUNNING, State.FINISHED}),
+    State.RESUMING: frozenset({State.RUNNING, State.WAITING, State.FINISHED}),
     State.FINISHED: frozenset(),
 }
 
@@ -70,6 +70,8 @@ class Sequence:
     """Tokens whose KV it found when it started first."""
     num_sealed: int = 0
     """Leading blocks that are sealed."""
+    num_losses: int = 0
+    """Times that its KV was lost, in copies that went wrong."""
     demote_from: int = 0
     """Blocks before this index have left the device (a hint for the next demotion)."""
 

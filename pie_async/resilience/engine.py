@@ -26,7 +26,9 @@ from pie_async.resilience.journal import Journal
 from pie_async.resilience.policy import RestartPolicy
 from pie_async.resilience.replay import engine_params
 from pie_async.resilience.supervision import Supervision
+from pie_async.runtime.faults import FaultPlan
 from pie_async.sampling_params import SamplingParams
+from pie_async.wiring import arm
 
 
 class ResilientEngine:
@@ -40,6 +42,7 @@ class ResilientEngine:
     Args:
         config: how to set the engine up; or give the fields of `EngineConfig`.
         policy: when to start it again.
+        faults: what is to go wrong with it, for tests; see `pie_async.runtime.faults`.
 
     Raises:
         ConfigError: options that cannot work (on construction and in `start`).
@@ -50,6 +53,7 @@ class ResilientEngine:
         config: EngineConfig | None = None,
         *,
         policy: RestartPolicy | None = None,
+        faults: FaultPlan | None = None,
         **options: Any,
     ) -> None:
         if config is None:
@@ -60,7 +64,9 @@ class ResilientEngine:
         self._streams: dict[str, RequestStream] = {}
         policy = policy or RestartPolicy()
         self._journal = Journal(most_deaths=policy.most_deaths_of_request, on_finished=self._forget)
-        self._supervision = Supervision(config, policy, self._journal)
+        if faults is not None:
+            arm(faults)  # refused here, not by a process that would start again and again
+        self._supervision = Supervision(config, policy, self._journal, faults)
         self._tokenizer: Tokenizer | None = None
         self._is_draining = False
         self._dice = random.Random(config.seed)
