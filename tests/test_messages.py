@@ -17,6 +17,7 @@ from pie_async.messages import (
     CopyRun,
     IterationObserved,
     LaneBinding,
+    LimitCause,
     Message,
     PromptLogprobs,
     Row,
@@ -78,6 +79,7 @@ PARTS[LaneBinding] = st.builds(
 BY_NAME = {
     "sampling": SAMPLING,
     "reason": st.text(max_size=9),
+    "cause": st.sampled_from(get_args(LimitCause)),
     "rows": PARTS[Row],
     "bindings": PARTS[LaneBinding],
     "tables": PARTS[TableUpdate],
