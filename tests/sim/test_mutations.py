@@ -47,10 +47,11 @@ from tests.support.ordering import (
 )
 from tests.support.soak import BLOCK_BYTES
 
+_STORY = r"(compute|h2d|d2h): (iteration|staging|write-back|demotion|promotion) .*"
 BOTH_STORIES = (
-    r"(compute|h2d|d2h): (iteration|staging|demotion|promotion) .* (reads|writes) "
+    rf"{_STORY} (reads|writes) "
     r"(layer|ring buffer) \d+ of (device|staging|host) slot \d+, "
-    r"which (compute|h2d|d2h): (iteration|staging|demotion|promotion) .* (reads|writes), "
+    rf"which {_STORY} (reads|writes), "
     r"and no event orders the two; .* "
     r"\((compute|h2d|d2h) from \d+\.\d{9} to .* s, (compute|h2d|d2h) from \d+\.\d{9} to .* s\)"
 )
@@ -73,12 +74,14 @@ def run(
     pressure: Pressure = MODEST,
     *,
     cancel_after: int | None = None,
+    exchange: bool = False,
     follow: Callable[[Engine], Trace] | None = None,
 ) -> tuple[EngineStats, Trace | None]:
     """Run a workload.
 
     Args:
         cancel_after: every other request is cancelled after about so many outputs.
+        exchange: what was staged is written back, which takes waits of its own.
         follow: called with the started engine.
     """
 
@@ -105,6 +108,7 @@ def run(
             streamed_blocks=pressure.streamed_blocks,
             ring_depth=2,
             iterations_in_flight=2,
+            exchange=exchange,
         )
         async with engine:
             trace = follow(engine) if follow else None
@@ -120,8 +124,8 @@ def run(
 
 
 @cache
-def trace_of_a_run() -> tuple[EngineStats, Trace]:
-    stats, trace = run(follow=lambda engine: record(engine._loaded().device))
+def trace_of_a_run(*, exchange: bool = False) -> tuple[EngineStats, Trace]:
+    stats, trace = run(exchange=exchange, follow=lambda engine: record(engine._loaded().device))
     assert trace is not None
     return stats, trace
 
@@ -143,10 +147,12 @@ def _leaves(error: BaseException) -> Iterator[BaseException]:
         yield from _leaves(error.__cause__)
 
 
-def race_in(pressure: Pressure, cancel_after: int | None) -> UnorderedAccess | None:
+def race_in(
+    pressure: Pressure, cancel_after: int | None, *, exchange: bool = False
+) -> UnorderedAccess | None:
     """What the checker stops a run for."""
     try:
-        run(pressure, cancel_after=cancel_after)
+        run(pressure, cancel_after=cancel_after, exchange=exchange)
     except (EngineStopped, ExceptionGroup) as stopped:
         race = race_found(stopped)
         if race is None:
@@ -178,17 +184,22 @@ def test_the_run_streams_promotes_demotes_and_parks_and_reaches_every_wait():
     stats, trace = trace_of_a_run()
     assert stats.h2d_bytes > 0 < stats.demotions
     assert stats.promotions > 0 < stats.preemptions_parked
-    assert {site.line for site in trace.waits()} == set(wait_lines())
-    assert len(trace.waits()) > len(wait_lines()), "one line waits at two times of an iteration"
+    _, exchanged = trace_of_a_run(exchange=True)
+    reached = {site.line for each in (trace, exchanged) for site in each.waits()}
+    assert reached == set(wait_lines())
+    lines = {site.line for site in trace.waits()}
+    assert len(trace.waits()) > len(lines), "one line waits at two times of an iteration"
     assert replay(trace) is None
+    assert replay(exchanged) is None
     assert not is_racy(trace, Conflicts.of(trace), frozenset())
 
 
 @pytest.mark.parametrize("line", wait_lines())
 def test_without_the_waits_of_a_line_the_engine_is_stopped(line: int):
+    is_reached = any(site.line == line for site in trace_of_a_run()[1].waits())
     dropped = Dropped(lambda site, _: site.line == line)
     with mock.patch.object(SimStream, "wait", _method(dropped)):
-        assert_caught(race_in(MODEST, None))
+        assert_caught(race_in(MODEST, None, exchange=not is_reached))
     assert dropped.dropped > 0
 
 
