@@ -13,15 +13,10 @@ from pie_async.openai.chat import ChatWriter
 from pie_async.openai.completion import CompletionWriter
 from pie_async.openai.errors import ModelNotFound
 from pie_async.openai.feed import OutputFeed
+from pie_async.openai.json_errors import respelled
 from pie_async.openai.latency import LatencySink, NoLatencySink, RequestLatency
-from pie_async.openai.requests import (
-    CHAT_READER,
-    COMPLETION_READER,
-    ChatRequest,
-    CompletionRequest,
-    GenerationRequest,
-    respelled,
-)
+from pie_async.openai.reading import CHAT_READER, COMPLETION_READER
+from pie_async.openai.requests import GenerationRequest
 from pie_async.openai.responses import ModelCard, ModelList
 from pie_async.openai.usage import UsageCounter
 from pie_async.sampling_params import SamplingParams
@@ -73,14 +68,13 @@ class OpenAIService:
                 was accepted.
         """
         started_at_s = asyncio.get_running_loop().time()
-        request = CHAT_READER.read(body)
+        request, prompts = await CHAT_READER.read(body)
         self._check_model(request.model)
         params = request.sampling_params()
-        messages = request.prompt()
         response_id = f"chatcmpl-{uuid.uuid4().hex}"
         spelling = {None: "messages", "prompt": "messages", "max_tokens": request.limit_field}
         with respelled(spelling):
-            streams = await self._submit(request, [messages], params, response_id)
+            streams = await self._submit(request, prompts, params, response_id)
         writer = ChatWriter(
             response_id=response_id,
             created=int(time.time()),
@@ -97,10 +91,9 @@ class OpenAIService:
         Raises: as `chat`.
         """
         started_at_s = asyncio.get_running_loop().time()
-        request = COMPLETION_READER.read(body)
+        request, prompts = await COMPLETION_READER.read(body)
         self._check_model(request.model)
         params = request.sampling_params()
-        prompts = request.prompts()
         response_id = f"cmpl-{uuid.uuid4().hex}"
         with respelled({None: "prompt"}):
             streams = await self._submit(request, prompts, params, response_id)
@@ -123,7 +116,7 @@ class OpenAIService:
 
     async def _submit(
         self,
-        request: ChatRequest | CompletionRequest,
+        request: GenerationRequest,
         prompts: Sequence[Prompt],
         params: SamplingParams,
         response_id: str,
@@ -131,6 +124,8 @@ class OpenAIService:
         streams: list[OutputStream] = []
         try:
             for index, prompt in enumerate(prompts):
+                if index:
+                    await asyncio.sleep(0)  # short prompts are tokenised on the loop
                 stream = await self._backend.submit(
                     prompt,
                     params,
@@ -145,14 +140,16 @@ class OpenAIService:
         return streams
 
     async def _prompt_texts(
-        self, prompts: Sequence[str] | Sequence[list[int]], streams: Sequence[OutputStream]
+        self, prompts: Sequence[Prompt], streams: Sequence[OutputStream]
     ) -> list[str]:
         """Off the loop: decoding a long prompt takes milliseconds."""
         decode = self._backend.tokenizer.decode
         try:
             return [
-                prompt if isinstance(prompt, str) else await asyncio.to_thread(decode, prompt)
-                for prompt in prompts
+                prompt
+                if isinstance(prompt, str)
+                else await asyncio.to_thread(decode, stream.prompt_token_ids)
+                for prompt, stream in zip(prompts, streams, strict=True)
             ]
         except BaseException:
             _cancel(streams)
