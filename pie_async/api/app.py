@@ -9,12 +9,14 @@ from prometheus_client.aiohttp import make_aiohttp_handler
 
 from pie_async.api.auth import ApiKeys
 from pie_async.api.handlers import Handlers, Limits
+from pie_async.api.hosts import ANY_HOST, AllowedHosts
 from pie_async.api.in_flight import InFlight
 from pie_async.api.middlewares import (
     UNGUARDED_ROUTE,
     errors_as_json,
     name_response,
     require_api_key,
+    require_known_host,
 )
 from pie_async.api.prometheus import ServerMetrics
 from pie_async.openai.backend import Backend
@@ -29,7 +31,8 @@ def create_app(
     engine: Backend,
     *,
     served_model_name: str | None = None,
-    api_keys: Iterable[str] = (),
+    api_keys: ApiKeys | Iterable[str] = (),
+    allowed_hosts: AllowedHosts | None = None,
     max_body_bytes: int = DEFAULT_MAX_BODY_BYTES,
     keepalive_s: float = 10.0,
     stall_timeout_s: float = 60.0,
@@ -44,6 +47,8 @@ def create_app(
     Args:
         served_model_name: what clients call the model; the engine's name for it if None.
         api_keys: if any, all routes but /health ask for one of them as a bearer token.
+        allowed_hosts: names that requests may be sent to; None: any, for whoever mounts or
+            forwards to this knows better.
         max_body_bytes: larger request bodies are refused with status 413.
         keepalive_s: longest silence of a stream before a comment is sent.
         stall_timeout_s: how long a client may take nothing of its stream before it is cut off.
@@ -56,7 +61,13 @@ def create_app(
     limits = Limits(max_body_bytes=max_body_bytes, stall_timeout_s=stall_timeout_s)
     handlers = Handlers(engine, service, in_flight, limits)
 
-    app = web.Application(middlewares=[errors_as_json(metrics), require_api_key(ApiKeys(api_keys))])
+    app = web.Application(
+        middlewares=[
+            errors_as_json(metrics),
+            require_known_host(allowed_hosts or AllowedHosts([ANY_HOST])),
+            require_api_key(ApiKeys.of(api_keys)),
+        ]
+    )
     app[IN_FLIGHT] = in_flight
     app.add_routes(
         [

@@ -9,7 +9,7 @@ import msgspec
 from aiohttp import web
 
 import pie_async
-from pie_async.api.body import read_body
+from pie_async.api.body import BodyRoom, read_body
 from pie_async.api.in_flight import InFlight
 from pie_async.api.liveness import Liveness
 from pie_async.api.sse import send_events
@@ -23,6 +23,8 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     """What one request may take of the server."""
 
     max_body_bytes: int
+    bodies: int = 64
+    """Room for so many of the largest bodies; smaller ones are more."""
     body_timeout_s: float = 60.0
     stall_timeout_s: float = 60.0
     """How long a client may take nothing of its stream."""
@@ -38,6 +40,7 @@ class Handlers:
         self._service = service
         self._in_flight = in_flight
         self._limits = limits
+        self._room = BodyRoom(limits.bodies * limits.max_body_bytes)
         self._liveness = Liveness()
 
     async def chat(self, request: web.Request) -> web.StreamResponse:
@@ -73,12 +76,15 @@ class Handlers:
         self, request: web.Request, accept: Callable[[bytes], Awaitable[Answer]]
     ) -> web.StreamResponse:
         with self._in_flight.admit():
-            body = await read_body(
-                request,
-                max_bytes=self._limits.max_body_bytes,
-                timeout_s=self._limits.body_timeout_s,
-            )
-            answer = await accept(body)
+            with self._room.share() as share:
+                body = await read_body(
+                    request,
+                    share,
+                    max_bytes=self._limits.max_body_bytes,
+                    timeout_s=self._limits.body_timeout_s,
+                )
+                answer = await accept(body)
+            del body
             try:
                 with self._in_flight.answering(answer):
                     return await self._send(request, answer)
