@@ -14,6 +14,7 @@ from pie_async.api.in_flight import InFlight
 from pie_async.api.middlewares import (
     UNGUARDED_ROUTE,
     errors_as_json,
+    expect_body,
     name_response,
     require_api_key,
     require_known_host,
@@ -71,8 +72,8 @@ def create_app(
     app[IN_FLIGHT] = in_flight
     app.add_routes(
         [
-            web.post("/v1/chat/completions", handlers.chat),
-            web.post("/v1/completions", handlers.completion),
+            web.post("/v1/chat/completions", handlers.chat, expect_handler=expect_body),
+            web.post("/v1/completions", handlers.completion, expect_handler=expect_body),
             web.get("/v1/models", handlers.models),
             web.get("/v1/models/{model:.+}", handlers.model),
             web.get("/health", handlers.health, name=UNGUARDED_ROUTE),

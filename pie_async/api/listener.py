@@ -8,6 +8,7 @@ import os
 import socket
 import stat
 from pathlib import Path
+from typing import cast
 
 from aiohttp import web
 
@@ -143,9 +144,9 @@ class _Refusal(asyncio.Protocol):
     """Of a connection too many: told so, unasked, and closed."""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.WriteTransport)
-        transport.write(_as_http(error_reply(Overloaded("too many connections are open"))))
-        transport.close()
+        connected = cast("asyncio.Transport", transport)  # uvloop's are no subclass
+        connected.write(_as_http(error_reply(Overloaded("too many connections are open"))))
+        connected.close()
 
 
 def _as_http(reply: ErrorReply) -> bytes:

@@ -86,6 +86,15 @@ def require_api_key(keys: ApiKeys) -> Middleware:
     return middleware
 
 
+async def expect_body(request: web.Request) -> web.StreamResponse | None:
+    """An `expect_handler`: aiohttp's own, with its refusal in JSON."""
+    if request.headers.get("Expect", "").lower() != "100-continue":
+        return _http_error(request, web.HTTPExpectationFailed(text=""))
+    await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+    request.writer.output_size = 0  # it is no part of the answer
+    return None
+
+
 def _error_response(request: web.Request, error: Exception) -> web.Response:
     reply = error_reply(error)
     log_failure(error, request_id(request))
@@ -104,6 +113,7 @@ def _http_error(request: web.Request, error: web.HTTPException) -> web.StreamRes
     messages = {
         404: f"there is nothing at {request.path[:200]}; the API is under /v1",
         405: f"{request.method} is not possible at {request.path[:200]}",
+        417: "the Expect header asks for something other than 100-continue",
     }
     detail = ErrorDetail(
         message=messages.get(error.status, error.reason),
