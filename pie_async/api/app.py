@@ -79,6 +79,7 @@ def create_app(
             web.get("/health", handlers.health, name=UNGUARDED_ROUTE),
             web.get("/metrics", make_aiohttp_handler(metrics.registry)),
             web.get("/version", handlers.version),
+            web.get("/openapi.json", handlers.openapi),
         ]
     )
     app.on_response_prepare.append(name_response)

@@ -16,6 +16,8 @@ from pie_async.api.sse import send_events
 from pie_async.errors import EngineStopped
 from pie_async.openai.answer import Answer
 from pie_async.openai.backend import Backend
+from pie_async.openai.openapi import openapi_document
+from pie_async.openai.responses import Health, Version
 from pie_async.openai.service import OpenAIService
 
 
@@ -61,7 +63,11 @@ class Handlers:
 
     async def version(self, _request: web.Request) -> web.Response:
         """GET /version"""
-        return _json({"version": pie_async.__version__})
+        return _json(Version(version=pie_async.__version__))
+
+    async def openapi(self, _request: web.Request) -> web.Response:
+        """GET /openapi.json"""
+        return web.Response(body=openapi_document(), content_type="application/json")
 
     async def health(self, _request: web.Request) -> web.Response:
         """GET /health: liveness alone; a full or draining server is healthy."""
@@ -70,7 +76,7 @@ class Handlers:
         now_s = asyncio.get_running_loop().time()
         if self._liveness.is_stuck(self._backend.stats(), now_s=now_s):
             raise EngineStopped("the engine makes no progress")
-        return _json({"status": "ok"})
+        return _json(Health())
 
     async def _answer(
         self, request: web.Request, accept: Callable[[bytes], Awaitable[Answer]]

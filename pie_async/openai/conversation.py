@@ -17,6 +17,9 @@ NotSupported = Annotated[
 ]
 
 
+_NULL = msgspec.Raw(b"null")
+
+
 class ContentPart(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """One part of a message's content; only text can be answered."""
 
@@ -29,7 +32,7 @@ class Message(msgspec.Struct, frozen=True, kw_only=True, gc=False):
 
     role: str
     content: str | list[ContentPart] | None = None
-    tool_calls: NotSupported = msgspec.Raw(b"null")
+    tool_calls: NotSupported = msgspec.field(default_factory=lambda: _NULL)
 
 
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
