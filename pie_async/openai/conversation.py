@@ -17,26 +17,24 @@ NotSupported = Annotated[
 ]
 
 
+_ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+"""OpenAI's "developer" takes the place of "system"; templates know only the latter."""
 _NULL = msgspec.Raw(b"null")
 
 
 class ContentPart(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """One part of a message's content; only text can be answered."""
 
-    type: str
+    type: Annotated[str, msgspec.Meta(extra_json_schema={"const": "text"})]
     text: str | None = None
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """One turn of a conversation."""
 
-    role: str
+    role: Annotated[str, msgspec.Meta(extra_json_schema={"enum": list(_ROLES)})]
     content: str | list[ContentPart] | None = None
     tool_calls: NotSupported = msgspec.field(default_factory=lambda: _NULL)
-
-
-_ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
-"""OpenAI's "developer" takes the place of "system"; templates know only the latter."""
 
 
 def read_conversation(messages: Sequence[Message]) -> list[Mapping[str, str]]:

@@ -12,15 +12,31 @@ from typing import Annotated
 import msgspec
 
 from pie_async.errors import InvalidRequest
-from pie_async.openai.conversation import Message, read_conversation
+from pie_async.openai.conversation import MAX_MESSAGES, Message, read_conversation
 from pie_async.openai.json_errors import respelled
 from pie_async.openai.prompts import PromptField, read_prompts
-from pie_async.sampling_params import MAX_TOP_LOGPROBS, SamplingParams, check_counts
+from pie_async.sampling_params import (
+    MAX_SEQUENCES_PER_REQUEST,
+    MAX_STOP_STRINGS,
+    MAX_TOP_LOGPROBS,
+    SamplingParams,
+    check_counts,
+)
 
 DEFAULT_COMPLETION_TOKENS = 16
 
 Int32 = Annotated[int, msgspec.Meta(ge=-(2**31), le=2**31 - 1)]
 Int64 = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
+
+
+def _documented(**limits: float) -> msgspec.Meta:
+    """Limits as the OpenAPI document tells them; `SamplingParams` checks them, in its own words."""
+    return msgspec.Meta(extra_json_schema=dict(limits))
+
+
+Share = Annotated[float, _documented(minimum=0, maximum=1)]
+Penalty = Annotated[float, _documented(minimum=-2, maximum=2)]
+TopLogprobs = Annotated[Int32, _documented(minimum=0, maximum=MAX_TOP_LOGPROBS)]
 
 
 class StreamOptions(msgspec.Struct, frozen=True, kw_only=True):
@@ -33,22 +49,22 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
     """What both endpoints take. None everywhere means: not given, or null."""
 
     model: str | None = None
-    n: Int32 | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
+    n: Annotated[Int32, _documented(minimum=1, maximum=MAX_SEQUENCES_PER_REQUEST)] | None = None
+    temperature: Annotated[float, _documented(minimum=0, maximum=2)] | None = None
+    top_p: Annotated[float, _documented(exclusiveMinimum=0, maximum=1)] | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
     logit_bias: dict[str, float] | None = None
     seed: Int64 | None = None
-    stop: str | list[str] | None = None
-    max_tokens: Int32 | None = None
+    stop: str | Annotated[list[str], _documented(maxItems=MAX_STOP_STRINGS)] | None = None
+    max_tokens: Annotated[Int32, _documented(minimum=0)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     # vLLM
-    top_k: Int32 | None = None
-    min_p: float | None = None
-    repetition_penalty: float | None = None
-    min_tokens: Int32 | None = None
+    top_k: Annotated[Int32, _documented(minimum=-1)] | None = None
+    min_p: Share | None = None
+    repetition_penalty: Annotated[float, _documented(exclusiveMinimum=0)] | None = None
+    min_tokens: Annotated[Int32, _documented(minimum=0)] | None = None
     stop_token_ids: list[Int32] | None = None
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
@@ -59,6 +75,11 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def is_streamed(self) -> bool:
         return bool(self.stream)
+
+    @property
+    def has_default_limit(self) -> bool:
+        """Whether the limit on the output is ours and not the client's."""
+        return False
 
     @property
     def wants_usage_chunk(self) -> bool:
@@ -114,10 +135,10 @@ _SAME_NAME = (
 class ChatRequest(GenerationRequest, frozen=True, kw_only=True):
     """Body of POST /v1/chat/completions."""
 
-    messages: list[Message]
-    max_completion_tokens: Int32 | None = None
+    messages: Annotated[list[Message], _documented(minItems=1, maxItems=MAX_MESSAGES)]
+    max_completion_tokens: Annotated[Int32, _documented(minimum=1)] | None = None
     logprobs: bool | None = None
-    top_logprobs: Int32 | None = None
+    top_logprobs: TopLogprobs | None = None
 
     def check(self) -> None:
         super().check()
@@ -159,7 +180,7 @@ class CompletionRequest(GenerationRequest, frozen=True, kw_only=True):
     prompt: PromptField
     best_of: Int32 | None = None
     echo: bool | None = None
-    logprobs: Int32 | None = None
+    logprobs: TopLogprobs | None = None
 
     def check(self) -> None:
         super().check()
@@ -168,12 +189,21 @@ class CompletionRequest(GenerationRequest, frozen=True, kw_only=True):
                 "best_of is not supported; leave it out and ask for n choices", param="best_of"
             )
 
+    @property
+    def has_default_limit(self) -> bool:
+        return self.max_tokens is None
+
+    @property
+    def is_scoring(self) -> bool:
+        """Nothing is to be generated."""
+        return bool(self.echo) and self.max_tokens == 0
+
     def sampling_params(self) -> SamplingParams:
         """Raises InvalidRequest naming the field."""
         max_tokens = DEFAULT_COMPLETION_TOKENS if self.max_tokens is None else self.max_tokens
         return msgspec.structs.replace(
             self.shared_params(),
-            max_tokens=max_tokens,
+            max_tokens=1 if self.is_scoring else max_tokens,
             logprobs=self.logprobs,
             prompt_logprobs=self.logprobs if self.echo else None,
         )

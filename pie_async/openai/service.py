@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import time
 import uuid
 from collections.abc import Sequence
 
+import msgspec
+
+from pie_async.errors import ContextTooLong
 from pie_async.openai.answer import Answer, Writer
 from pie_async.openai.backend import Backend, OutputStream, Prompt
 from pie_async.openai.chat import ChatWriter
@@ -18,6 +22,7 @@ from pie_async.openai.latency import LatencySink, NoLatencySink, RequestLatency
 from pie_async.openai.reading import CHAT_READER, COMPLETION_READER
 from pie_async.openai.requests import GenerationRequest
 from pie_async.openai.responses import ModelCard, ModelList
+from pie_async.openai.scoring import PromptOnly
 from pie_async.openai.usage import UsageCounter
 from pie_async.sampling_params import SamplingParams
 
@@ -97,6 +102,8 @@ class OpenAIService:
         response_id = f"cmpl-{uuid.uuid4().hex}"
         with respelled({None: "prompt"}):
             streams = await self._submit(request, prompts, params, response_id)
+        if request.is_scoring:
+            streams = list(map(PromptOnly, streams))
         writer = CompletionWriter(
             response_id=response_id,
             created=int(time.time()),
@@ -126,18 +133,30 @@ class OpenAIService:
             for index, prompt in enumerate(prompts):
                 if index:
                     await asyncio.sleep(0)  # short prompts are tokenised on the loop
-                stream = await self._backend.submit(
-                    prompt,
-                    params,
-                    request_id=response_id if len(prompts) == 1 else f"{response_id}-{index}",
-                    priority=request.priority or 0,
-                    cache_salt=request.cache_salt,
-                )
-                streams.append(stream)
+                name = response_id if len(prompts) == 1 else f"{response_id}-{index}"
+                streams.append(await self._submit_one(request, prompt, params, name))
         except BaseException:
             _cancel(streams)
             raise
         return streams
+
+    async def _submit_one(
+        self, request: GenerationRequest, prompt: Prompt, params: SamplingParams, name: str
+    ) -> OutputStream:
+        submit = functools.partial(
+            self._backend.submit,
+            prompt,
+            request_id=name,
+            priority=request.priority or 0,
+            cache_salt=request.cache_salt,
+        )
+        try:
+            return await submit(params)
+        except ContextTooLong as error:
+            if error.param != "max_tokens" or not request.has_default_limit:
+                raise
+        # The client set no limit, and there is less room than the default: all there is, then.
+        return await submit(msgspec.structs.replace(params, max_tokens=None))
 
     async def _prompt_texts(
         self, prompts: Sequence[Prompt], streams: Sequence[OutputStream]
