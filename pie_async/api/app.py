@@ -35,6 +35,7 @@ def create_app(
     api_keys: ApiKeys | Iterable[str] = (),
     allowed_hosts: AllowedHosts | None = None,
     max_body_bytes: int = DEFAULT_MAX_BODY_BYTES,
+    body_timeout_s: float = 60.0,
     keepalive_s: float = 10.0,
     stall_timeout_s: float = 60.0,
 ) -> web.Application:
@@ -51,6 +52,7 @@ def create_app(
         allowed_hosts: names that requests may be sent to; None: any, for whoever mounts or
             forwards to this knows better.
         max_body_bytes: larger request bodies are refused with status 413.
+        body_timeout_s: how long a request's body may take.
         keepalive_s: longest silence of a stream before a comment is sent.
         stall_timeout_s: how long a client may take nothing of its stream before it is cut off.
     """
@@ -59,7 +61,11 @@ def create_app(
     service = OpenAIService(
         engine, served_model_name=served_model_name, keepalive_s=keepalive_s, sink=metrics
     )
-    limits = Limits(max_body_bytes=max_body_bytes, stall_timeout_s=stall_timeout_s)
+    limits = Limits(
+        max_body_bytes=max_body_bytes,
+        body_timeout_s=body_timeout_s,
+        stall_timeout_s=stall_timeout_s,
+    )
     handlers = Handlers(engine, service, in_flight, limits)
 
     app = web.Application(
