@@ -67,7 +67,9 @@ class Handlers:
 
     async def openapi(self, _request: web.Request) -> web.Response:
         """GET /openapi.json"""
-        return web.Response(body=openapi_document(), content_type="application/json")
+        return web.Response(
+            body=openapi_document(pie_async.__version__), content_type="application/json"
+        )
 
     async def health(self, _request: web.Request) -> web.Response:
         """GET /health: liveness alone; a full or draining server is healthy."""

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-import pie_async
 from pie_async.openai.errors import ErrorBody
 from pie_async.openai.requests import ChatRequest, CompletionRequest
 from pie_async.openai.responses import (
@@ -74,8 +73,8 @@ _REFUSALS = {
 
 
 @functools.cache
-def openapi_document() -> bytes:
-    """An OpenAPI 3.1 document in JSON."""
+def openapi_document(version: str) -> bytes:
+    """An OpenAPI 3.1 document in JSON; `version` is the server's."""
     kinds = {kind for each in OPERATIONS for kind in (each.answer, each.body, each.event)}
     structs = [kind for kind in kinds if isinstance(kind, type)]
     _, schemas = msgspec.json.schema_components(
@@ -89,7 +88,7 @@ def openapi_document() -> bytes:
             "openapi": "3.1.0",
             "info": {
                 "title": "pie_async",
-                "version": pie_async.__version__,
+                "version": version,
                 "description": "OpenAI's API over an engine whose KV cache pools host memory.",
             },
             "paths": paths,
