@@ -126,11 +126,13 @@ class Submit(Message, frozen=True, kw_only=True):
     request: RequestId
     sequences: tuple[SequenceId, ...]
     prompt_tokens: tuple[int, ...]
+    output_tokens: tuple[int, ...] = ()
+    """Output that they already have, and go on after: another engine computed it."""
     sampling: SamplingParams
     seed: int
     """The request's seed, already drawn; sequence i uses seed + i."""
     max_tokens: int
-    """Most output tokens, already cut to the context's length."""
+    """Most output tokens, already cut to the context's length; `output_tokens` count."""
     priority: int = 0
     """Lower runs first; equal priorities run first come, first served."""
     cache_salt: str | None = None

@@ -86,7 +86,7 @@ BY_NAME = {
     "cache_salt": st.none() | st.text(max_size=8),
 }
 MANY = {"rows", "bindings", "tables", "runs", "moves", "sampled", "prompt_logprobs", "advances"}
-TUPLES_OF_INTS = {"sequences", "prompt_tokens", "blocks"}
+TUPLES_OF_INTS = {"sequences", "prompt_tokens", "output_tokens", "blocks"}
 
 
 def field_values(kind: type, name: str) -> st.SearchStrategy:

@@ -139,7 +139,7 @@ class Schedule:
                 id=sequence_id,
                 request=command.request,
                 prompt_len=len(command.prompt_tokens),
-                tokens=list(command.prompt_tokens),
+                tokens=[*command.prompt_tokens, *command.output_tokens],
                 sampling=command.sampling,
                 seed=command.seed + index,
                 max_tokens=command.max_tokens,

@@ -36,8 +36,7 @@ class _Entry:
 
     def blame(self) -> None:
         """The engine died while it had this request."""
-        reached = sum(course.reached for course in self.courses.values())
-        # One that repeats its output has no new token for a while, and is not at the same place.
+        reached = sum(len(course.tokens) for course in self.courses.values())
         has_moved = abs(reached - self.died_at) > NEAR_TOKENS * len(self.courses)
         self.num_deaths = 1 if has_moved else self.num_deaths + 1
         self.died_at = reached
@@ -107,21 +106,14 @@ class Journal:
         return stopped
 
     def _take(self, entry: _Entry, advance: Advance, stopped: list[SequenceId]) -> None:
-        try:
-            news = entry.courses[advance.sequence].take(advance)
-        except RequestGivenUp as error:
-            stopped += entry.courses
-            self.close(entry.stream, error=error)
-            return
-        if news is None:
-            return
+        entry.courses[advance.sequence].take(advance)
         entry.num_deaths = 0
         if self._on_trial == entry.first.request:
             self._on_trial = None
-        has_stopped = entry.stream.push(news)
+        has_stopped = entry.stream.push(advance)
         if has_stopped:
             stopped.append(advance.sequence)
-        if has_stopped or news.finish_reason is not None:
+        if has_stopped or advance.finish_reason is not None:
             del entry.courses[advance.sequence]
             del self._by_sequence[advance.sequence]
             if not entry.courses:

@@ -93,6 +93,7 @@ class PerfectDevice:
         n: int = 1,
         priority: int = 0,
         cache_salt: str | None = None,
+        output_tokens: tuple[int, ...] = (),
         **sampling,
     ) -> list[int]:
         """Submit a prompt (or one of that many distinct tokens); its sequences' ids."""
@@ -109,6 +110,7 @@ class PerfectDevice:
                 request=RequestId(first),
                 sequences=tuple(SequenceId(s) for s in ids),
                 prompt_tokens=tuple(tokens),
+                output_tokens=output_tokens,
                 sampling=params,
                 seed=first,
                 max_tokens=max_tokens,
