@@ -102,6 +102,12 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     the paper does, although it has not changed. The pool then keeps its memory, and with `debug`
     staging buffers are not poisoned."""
     max_queued_requests: int = 4096
+    watchdog_s: float = 60.0
+    """Issued work that has not completed, a message that was not read, or an event loop that did
+    not turn for so long stops the engine, with a report; at most a quarter longer. What a stream
+    is given first may take ten times as long. 0: nobody looks."""
+    report_dir: str | None = None
+    """Where reports go; None: "pie_async/reports" in the user's cache directory."""
     cpu_threads: int | None = None
     """CPU device: threads per torch operation; None: all cores but one."""
     debug: bool = False
@@ -144,6 +150,11 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
                 f"pool_idle_s must be at least 0, not {self.pool_idle_s}; 0 keeps the "
                 "pool's memory",
                 option="pool_idle_s",
+            )
+        if not 0 <= self.watchdog_s < math.inf:
+            raise ConfigError(
+                f"watchdog_s must be at least 0, not {self.watchdog_s}; 0 switches it off",
+                option="watchdog_s",
             )
         self._check_itl_limit()
         if self.iterations_in_flight not in (1, 2):

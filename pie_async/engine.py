@@ -19,6 +19,7 @@ from pie_async.cuda.memory_budget import GpuMemory
 from pie_async.errors import (
     ConfigError,
     EngineStopped,
+    EngineStuck,
     InvalidRequest,
     MailboxClosed,
     Overloaded,
@@ -33,6 +34,7 @@ from pie_async.outputs import RequestOutput
 from pie_async.request_stream import RequestStream, SequenceOutput
 from pie_async.sampling_params import SamplingParams
 from pie_async.story import Story
+from pie_async.watching import watch_engine
 from pie_async.wiring import Actors
 
 _log = logging.getLogger(__name__)
@@ -49,12 +51,21 @@ class Engine:
 
     Args:
         config: how to set it up; or give the fields of `EngineConfig` as keyword arguments.
+        exits_when_stuck: end the process, with status 71, if the engine stands still for
+            `watchdog_s`: for a process that is the engine's own. Otherwise the engine stops, and
+            its streams end with `EngineStuck`.
 
     Raises:
         ConfigError: options that cannot work (on construction and in `start`).
     """
 
-    def __init__(self, config: EngineConfig | None = None, **options: Any) -> None:
+    def __init__(
+        self,
+        config: EngineConfig | None = None,
+        *,
+        exits_when_stuck: bool = False,
+        **options: Any,
+    ) -> None:
         if config is None:
             config = EngineConfig(**options)
         elif options:
@@ -62,6 +73,7 @@ class Engine:
         self.config = config
         self._parts: Parts | None = None
         self._actors: Actors | None = None
+        self._exits_when_stuck = exits_when_stuck
         self._watch: asyncio.Task[None] | None = None
         self._streams: dict[str, RequestStream] = {}
         self._has_started = False
@@ -106,16 +118,31 @@ class Engine:
         self._watch = asyncio.create_task(self._supervise(parts), name="pie-supervisor")
 
     async def _supervise(self, parts: Parts) -> None:
-        assert self._actors is not None
+        assert self._actors is not None and self.story is not None
+        supervisor = self._actors.supervisor
+        stop = None if self._exits_when_stuck else self._stop_stuck
+        watchdog = watch_engine(self._actors, self.config, self.story, stop=stop)
         try:
-            await self._actors.supervisor.run()
+            await supervisor.run()
         except EngineStopped as failure:
             self._failure = failure
-            if self.story is not None:
-                _log.error("%s; what happened last:\n%s", failure, self.story.tell())
+            _log.error("%s; what happened last:\n%s", failure, self.story.tell())
         finally:
+            if watchdog is not None:
+                watchdog.close()
             self._actors.delivery.fail_all(self._stopped())
-            parts.device.close()  # at once: the supervisor has drained it
+            if supervisor.is_drained:
+                parts.device.close()
+            else:
+                _log.error("the device did not finish; it keeps its memory until the process ends")
+
+    def _stop_stuck(self, failure: EngineStuck) -> None:
+        """Called by the watchdog. The streams must not wait until the device is given up."""
+        assert self._actors is not None and self._watch is not None
+        if self._failure is None:
+            self._failure = failure
+            self._actors.delivery.fail_all(failure)
+            self._watch.cancel()
 
     async def aclose(self, *, drain_s: float = 0.0) -> None:
         """End the engine and give its memory back; calling it again does nothing.
@@ -137,7 +164,8 @@ class Engine:
                     await self.drain()
                     await self._actors.supervisor.close()
             except (TimeoutError, EngineStopped):
-                self._watch.cancel()
+                if not self._watch.cancelling():
+                    self._watch.cancel()
         await asyncio.wait([self._watch])
 
     async def drain(self) -> None:

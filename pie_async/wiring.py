@@ -22,11 +22,13 @@ from pie_async.core.headroom import Expansion, pays
 from pie_async.core.residency import ResidencyMap
 from pie_async.core.schedule import SHRINK_TOLERANCE, Schedule
 from pie_async.device.launcher import Launcher
+from pie_async.device.watched import WatchedQueues
 from pie_async.errors import MailboxClosed
 from pie_async.messages import PoolGrown, PoolShrunk, SetStreamedLimit
 from pie_async.request_stream import RequestStream
 from pie_async.runtime.actor import Actor
 from pie_async.runtime.supervisor import Supervisor
+from pie_async.runtime.watchdog import Mail, Watched
 from pie_async.story import Story
 
 _log = logging.getLogger(__name__)
@@ -63,11 +65,12 @@ class Actors:
         )
         to_scheduler = self.scheduler.mailbox
         launcher = Launcher(parts.device, asyncio.get_running_loop(), exchanges=config.exchange)
+        queues = WatchedQueues(launcher)
         self.delivery = DeliveryActor(to_scheduler, on_finished=on_finished, observer=observer)
-        compute = ComputeActor(launcher, to_scheduler, observer=observer)
-        swap_in = SwapInActor(launcher, to_scheduler, observer=observer)
+        compute = ComputeActor(queues, to_scheduler, observer=observer)
+        swap_in = SwapInActor(queues, to_scheduler, observer=observer)
         swap_out = SwapOutActor(
-            launcher, to_scheduler, review=_pool_review(parts, config), observer=observer
+            queues, to_scheduler, review=_pool_review(parts, config), observer=observer
         )
         actors: list[Actor[Any]] = [self.delivery, self.scheduler, compute, swap_in, swap_out]
         governor = None
@@ -106,6 +109,9 @@ class Actors:
             )
         )
         self.supervisor = Supervisor(actors, parts.device)
+        self.watched: tuple[Watched, ...] = (
+            queues.compute, queues.h2d, queues.d2h, *(Mail(actor.mailbox) for actor in actors)
+        )  # fmt: skip
         self._memory = parts.device.memory
         self._pool_slots = self._memory.first_host_slots
         self._on_shorter = on_shorter

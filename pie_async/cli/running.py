@@ -42,11 +42,13 @@ def messages() -> Console:
     return Console(stderr=True, highlight=False)
 
 
-def started(config: EngineConfig) -> AbstractAsyncContextManager[Engine]:
+def started(
+    config: EngineConfig, *, exits_when_stuck: bool = False
+) -> AbstractAsyncContextManager[Engine]:
     """A started engine in this process; a bar shows the weights being loaded."""
     from pie_async.engine import Engine
 
-    return starting(Engine(config))
+    return starting(Engine(config, exits_when_stuck=exits_when_stuck))
 
 
 @asynccontextmanager

@@ -80,7 +80,7 @@ def serve(
     async def main() -> int:
         from pie_async.api.server import serve as serve_http
 
-        engine_runs = started(engine) if in_process else _apart(engine)
+        engine_runs = started(engine, exits_when_stuck=True) if in_process else _apart(engine)
         async with engine_runs as running:
             await serve_http(
                 running,
@@ -102,8 +102,10 @@ async def _apart(config: EngineConfig) -> AsyncIterator[Engine | ResilientEngine
     """An engine in a process of its own. When it is given up, the server ends as on a signal, and
     its failure is raised."""
     from pie_async.resilience.engine import ResilientEngine
+    from pie_async.watching import watch_loop
 
     async with starting(ResilientEngine(config)) as running:
+        watchdog = watch_loop(config)
 
         async def stop_when_failed() -> None:
             await running.failed()
@@ -114,6 +116,8 @@ async def _apart(config: EngineConfig) -> AsyncIterator[Engine | ResilientEngine
             yield running
         finally:
             watch.cancel()
+            if watchdog is not None:
+                watchdog.close()
         if running.failure is not None:
             raise running.failure
 

@@ -14,6 +14,7 @@ from pie_async.config import EngineConfig
 from pie_async.errors import ConfigError, EngineStopped, PieError
 from pie_async.messages import Message
 from pie_async.resilience.wire import Failed, FromEngine, Start, Wire, WireError
+from pie_async.runtime.watchdog import STUCK
 
 WORKER = (
     "-P",  # nothing is imported from the working directory
@@ -22,6 +23,8 @@ WORKER = (
     "from pie_async.resilience.worker import main; sys.exit(main(int(fd)))",
 )
 """The interpreter's arguments; a socket's number and the package's directory follow."""
+STACKS_S = 0.5
+"""For a silent process to write all its stacks to standard error, which takes no lock of Python's."""
 LEAVE_S = 10.0
 """How long a process that was hung up on may take to end; then it is killed."""
 
@@ -102,6 +105,8 @@ class EngineProcess:
             await asyncio.sleep(silence_s / 4)
             quarters = quarters + 1 if heard == self._heard else 0
             heard = self._heard
+        self._send(signal.SIGUSR1)
+        await asyncio.sleep(STACKS_S)
         self.kill(f"it said nothing for {silence_s:g} s")
 
     async def buried(self) -> str:
@@ -119,6 +124,8 @@ class EngineProcess:
             return self._quiet
         if self._failed is not None:
             return self._failed.message
+        if status == STUCK:
+            return "it stood still and its watchdog ended it; the log above names the report"
         return f"signal {_name(-status)}" if status < 0 else f"exit status {status}"
 
     def refusal(self) -> PieError | None:
@@ -137,8 +144,11 @@ class EngineProcess:
     def kill(self, why: str) -> None:
         """End it at once; `why` is what `buried` will say."""
         self._quiet = self._quiet or why
+        self._send(signal.SIGKILL)
+
+    def _send(self, number: signal.Signals) -> None:
         with contextlib.suppress(ProcessLookupError):
-            self._process.kill()
+            self._process.send_signal(number)
 
 
 def _name(number: int) -> str:

@@ -16,6 +16,7 @@ from pie_async.metrics import EngineStats
 from pie_async.model_info import ModelInfo
 from pie_async.request_stream import RequestStream
 from pie_async.story import Story
+from pie_async.watching import watch_engine
 from pie_async.wiring import Actors
 
 _log = logging.getLogger(__name__)
@@ -54,6 +55,7 @@ class TokenEngine:
         parts.device.start(loop)
         self._parts = parts
         self._started_s = loop.time()
+        self._config = config
         self._story = _Tap(loop.time, advanced)
         self._actors = Actors(
             parts, config, self._story, on_finished=_no_streams, on_shorter=shorter
@@ -109,13 +111,17 @@ class TokenEngine:
         Raises:
             EngineStopped: it failed.
         """
+        watchdog = watch_engine(self._actors, self._config, self._story, stop=None)
         try:
             await self._actors.supervisor.run()
         except EngineStopped as failure:
             _log.error("%s; what happened last:\n%s", failure, self._story.tell())
             raise
         finally:
-            self._parts.device.close()
+            if watchdog is not None:
+                watchdog.close()
+            if self._actors.supervisor.is_drained:
+                self._parts.device.close()
 
 
 def _no_streams(_stream: RequestStream) -> None:
