@@ -102,6 +102,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     the paper does, although it has not changed. The pool then keeps its memory, and with `debug`
     staging buffers are not poisoned."""
     max_queued_requests: int = 4096
+    reader_patience_s: float = 30.0
+    """A request whose reader has begun to read and then takes nothing for so long is paused until
+    it reads on: its sequences give up their places, and their KV as soon as somebody wants the
+    room. 0: never."""
     watchdog_s: float = 60.0
     """Issued work that has not completed, a message that was not read, or an event loop that did
     not turn for so long stops the engine, with a report; at most a quarter longer. What a stream
@@ -151,11 +155,11 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
                 "pool's memory",
                 option="pool_idle_s",
             )
-        if not 0 <= self.watchdog_s < math.inf:
-            raise ConfigError(
-                f"watchdog_s must be at least 0, not {self.watchdog_s}; 0 switches it off",
-                option="watchdog_s",
-            )
+        for name in ("watchdog_s", "reader_patience_s"):
+            if not 0 <= (value := getattr(self, name)) < math.inf:
+                raise ConfigError(
+                    f"{name} must be at least 0, not {value}; 0 switches it off", option=name
+                )
         self._check_itl_limit()
         if self.iterations_in_flight not in (1, 2):
             raise ConfigError(

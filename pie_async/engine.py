@@ -177,6 +177,7 @@ class Engine:
         actors = self._running_actors()
         if not self._is_draining:
             self._is_draining = True
+            actors.delivery.readers.close()  # everything is to be finished, read or not
             try:
                 await actors.scheduler.mailbox.send(Drain())
             except MailboxClosed:

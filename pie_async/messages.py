@@ -148,6 +148,13 @@ class Cancel(Message, frozen=True, kw_only=True):
     """"stop" when their text reached a stop string."""
 
 
+class ReadingChanged(Message, frozen=True, kw_only=True):
+    """Fact: somebody reads these sequences' output again, or nobody has for a while."""
+
+    sequences: tuple[SequenceId, ...]
+    is_read: bool
+
+
 class Drain(Message, frozen=True, kw_only=True):
     """Command: accept nothing more, finish what is accepted, then say so."""
 
@@ -232,6 +239,7 @@ SchedulerMail = (
     | PoolShrunk
     | ReviewPool
     | Cancel
+    | ReadingChanged
     | Drain
     | IterationRan
     | IterationStaged
@@ -340,6 +348,7 @@ AnyMessage = (
     | ReviewPool
     | ResizePool
     | Cancel
+    | ReadingChanged
     | Drain
     | IterationRan
     | IterationStaged

@@ -58,15 +58,21 @@ class Actors:
         self.scheduler = SchedulerActor(
             schedule,
             iterations_in_flight=config.iterations_in_flight,
-            # Every queued request may be cancelled at once, and cancelling never waits.
-            mailbox_capacity=2 * config.max_queued_requests + 256,
+            # Of every queued request it may be said at once, without waiting, that its reader is
+            # back and that it is cancelled.
+            mailbox_capacity=3 * config.max_queued_requests + 256,
             checks_invariants=config.debug,
             observer=observer,
         )
         to_scheduler = self.scheduler.mailbox
         launcher = Launcher(parts.device, asyncio.get_running_loop(), exchanges=config.exchange)
         queues = WatchedQueues(launcher)
-        self.delivery = DeliveryActor(to_scheduler, on_finished=on_finished, observer=observer)
+        self.delivery = DeliveryActor(
+            to_scheduler,
+            on_finished=on_finished,
+            reader_patience_s=config.reader_patience_s,
+            observer=observer,
+        )
         compute = ComputeActor(queues, to_scheduler, observer=observer)
         swap_in = SwapInActor(queues, to_scheduler, observer=observer)
         swap_out = SwapOutActor(

@@ -82,6 +82,7 @@ BY_NAME = {
     "advances": PARTS[Advance],
     "is_staged": st.booleans(),
     "is_all": st.booleans(),
+    "is_read": st.booleans(),
     "longest": st.none() | INTS,
     "cache_salt": st.none() | st.text(max_size=8),
 }

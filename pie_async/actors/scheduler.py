@@ -26,6 +26,7 @@ from pie_async.messages import (
     PoolGrown,
     PoolShrunk,
     PromptLogprobs,
+    ReadingChanged,
     ResizePool,
     ReviewPool,
     RunIteration,
@@ -103,8 +104,8 @@ class SchedulerActor(Actor[SchedulerMail]):
         match mail:
             case Submit():
                 schedule.submit(mail)
-            case Cancel():
-                self._tell(schedule.cancel(mail.sequences, mail.reason), NO_ITERATION)
+            case Cancel() | ReadingChanged() | Drain():
+                self._obey(mail)
             case IterationRan():
                 self._settle(mail)
             case IterationStaged():
@@ -123,10 +124,18 @@ class SchedulerActor(Actor[SchedulerMail]):
                 )
             case PoolGrown() | PoolShrunk() | ReviewPool():
                 self._size_pool(mail)
-            case Drain():
-                self._is_draining = True
             case _:
                 assert_never(mail)
+
+    def _obey(self, mail: Cancel | ReadingChanged | Drain) -> None:
+        match mail:
+            case Cancel():
+                self._tell(self._schedule.cancel(mail.sequences, mail.reason), NO_ITERATION)
+            case ReadingChanged():
+                self._schedule.reading_changed(mail.sequences, is_read=mail.is_read)
+            case Drain():
+                self._is_draining = True
+                self._schedule.drain()
 
     def _size_pool(self, mail: PoolGrown | PoolShrunk | ReviewPool) -> None:
         match mail:
@@ -142,7 +151,7 @@ class SchedulerActor(Actor[SchedulerMail]):
 
     def _plan(self) -> None:
         schedule = self._schedule
-        while len(schedule.in_flight) < self._depth and not schedule.is_idle:
+        while len(schedule.in_flight) < self._depth and not schedule.is_resting:
             plan = plan_iteration(schedule, IterationId(self._next_iteration))
             if self._checks_invariants:
                 invariants.check(schedule)
@@ -267,6 +276,7 @@ class SchedulerActor(Actor[SchedulerMail]):
             running=len(schedule.running),
             waiting=schedule.num_waiting,
             parked=len(schedule.parked) + len(schedule.resuming),
+            paused=len(schedule.paused),
             block_tokens=schedule.block_tokens,
             device_blocks=device,
             host_blocks=residency.host.size,

@@ -241,6 +241,11 @@ FLAGS: dict[str, _Flag] = {
         "--max-queued", count, "N", "More requests than this are refused.",
         str(_DEFAULTS.max_queued_requests),
     ),
+    "reader_patience_s": _Flag(
+        "--reader-patience", seconds, "TIME",
+        "Pause a request whose reader takes nothing for so long; 0: never.",
+        f"{_DEFAULTS.reader_patience_s:g}s",
+    ),
     "watchdog_s": _Flag(
         "--watchdog", seconds, "TIME",
         "End the engine, with a report, if it stands still for so long; 0: never.",

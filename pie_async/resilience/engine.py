@@ -17,10 +17,11 @@ from pie_async.config import EngineConfig
 from pie_async.errors import EngineStopped, InvalidRequest, Overloaded, PieError
 from pie_async.ids import RequestId, SequenceId
 from pie_async.intake import Intake, Prompt, check_cache_salt
-from pie_async.messages import Cancel, Submit
+from pie_async.messages import Cancel, ReadingChanged, Submit
 from pie_async.metrics import EngineStats
 from pie_async.model_info import ModelInfo
 from pie_async.outputs import RequestOutput
+from pie_async.readers import Readers
 from pie_async.request_stream import RequestStream, SequenceOutput
 from pie_async.resilience.journal import Journal
 from pie_async.resilience.policy import RestartPolicy
@@ -60,7 +61,12 @@ class ResilientEngine:
         self._streams: dict[str, RequestStream] = {}
         policy = policy or RestartPolicy()
         self._journal = Journal(most_deaths=policy.most_deaths_of_request, on_finished=self._forget)
-        self._supervision = Supervision(config, policy, self._journal)
+        self._readers = Readers(
+            self._streams.values,
+            patience_s=config.reader_patience_s,
+            changed=self._reading_changed,
+        )
+        self._supervision = Supervision(config, policy, self._journal, on_news=self._readers.note)
         self._tokenizer: Tokenizer | None = None
         self._is_draining = False
         self._dice = random.Random(config.seed)
@@ -100,6 +106,7 @@ class ResilientEngine:
             drain_s: let accepted requests go on for this long; the rest is cancelled.
         """
         self._is_draining = True
+        self._readers.close()
         if drain_s > 0:
             with contextlib.suppress(TimeoutError, EngineStopped):
                 async with asyncio.timeout(drain_s):
@@ -115,6 +122,7 @@ class ResilientEngine:
             EngineStopped: the engine failed for good meanwhile.
         """
         self._is_draining = True
+        self._readers.close()  # everything is to be finished, read or not
         while self._streams:
             if self._emptied is None:
                 self._emptied = asyncio.get_running_loop().create_future()
@@ -239,6 +247,9 @@ class ResilientEngine:
         sequences = stream.unfinished
         if self._journal.close(stream):
             self._supervision.post(Cancel(sequences=sequences))
+
+    def _reading_changed(self, sequences: tuple[SequenceId, ...], is_read: bool) -> None:
+        self._supervision.post(ReadingChanged(sequences=sequences, is_read=is_read))
 
     def _forget(self, stream: RequestStream) -> None:
         self._streams.pop(stream.request_id, None)

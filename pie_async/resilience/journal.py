@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 from pie_async.errors import PieError
 from pie_async.ids import RequestId, SequenceId
-from pie_async.messages import Advance, SequencesAdvanced, Submit
+from pie_async.messages import Advance, ReadingChanged, SequencesAdvanced, Submit
 from pie_async.request_stream import RequestStream
 from pie_async.resilience.errors import RequestGivenUp
 from pie_async.resilience.replay import Course
@@ -132,7 +132,7 @@ class Journal:
                 why = f"the engine died {entry.num_deaths} times while it ran this request"
                 self.close(entry.stream, error=RequestGivenUp(why))
 
-    def resume(self, max_model_len: int) -> Iterator[Submit]:
+    def resume(self, max_model_len: int) -> Iterator[Submit | ReadingChanged]:
         """What a new engine is told first, in the order in which requests came."""
         for number, entry in list(self._entries.items()):
             if entry.is_sent or number not in self._entries:
@@ -142,15 +142,17 @@ class Journal:
             else:
                 yield from self._resume(entry, max_model_len)
 
-    def try_next_suspect(self, max_model_len: int) -> Iterator[Submit]:
+    def try_next_suspect(self, max_model_len: int) -> Iterator[Submit | ReadingChanged]:
         """What the engine may be told besides, now."""
         while self._suspects and self._on_trial is None:
             number = self._suspects.popleft()
             if number in self._entries:
-                self._on_trial = number
-                yield from self._resume(self._entries[number], max_model_len)
+                entry = self._entries[number]
+                # One that nobody reads gets no token, and the others must not wait for it.
+                self._on_trial = number if entry.stream.is_read else None
+                yield from self._resume(entry, max_model_len)
 
-    def _resume(self, entry: _Entry, max_model_len: int) -> Iterator[Submit]:
+    def _resume(self, entry: _Entry, max_model_len: int) -> Iterator[Submit | ReadingChanged]:
         entry.is_sent = True
         for course in list(entry.courses.values()):
             if course.sequence not in self._by_sequence:
@@ -160,6 +162,8 @@ class Journal:
                 yield command
             else:
                 self._take(entry, Advance(course.sequence, None, "length"), [])
+        if not entry.stream.is_read and entry.courses:
+            yield ReadingChanged(sequences=tuple(entry.courses), is_read=False)
 
     def fail_all(self, error: PieError) -> None:
         """There will be no engine: every request ends with this error."""

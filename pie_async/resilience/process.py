@@ -24,7 +24,7 @@ WORKER = (
 )
 """The interpreter's arguments; a socket's number and the package's directory follow."""
 STACKS_S = 0.5
-"""For a silent process to write all its stacks to standard error, which takes no lock of Python's."""
+"""For a silent process to write its stacks to standard error, which takes no lock of Python's."""
 LEAVE_S = 10.0
 """How long a process that was hung up on may take to end; then it is killed."""
 

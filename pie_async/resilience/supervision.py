@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable
 
 import msgspec
 
 from pie_async.assembly import Progress
 from pie_async.config import EngineConfig
 from pie_async.errors import EngineStopped, PieError
-from pie_async.messages import Cancel, SequencesAdvanced, Submit
+from pie_async.messages import Cancel, ReadingChanged, SequencesAdvanced, Submit
 from pie_async.metrics import EngineStats
 from pie_async.model_info import ModelInfo
 from pie_async.resilience.journal import Journal
@@ -24,10 +25,19 @@ _log = logging.getLogger(__name__)
 class Supervision:
     """One task that hears one process after the other."""
 
-    def __init__(self, config: EngineConfig, policy: RestartPolicy, journal: Journal) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        policy: RestartPolicy,
+        journal: Journal,
+        *,
+        on_news: Callable[[], None],
+    ) -> None:
+        """`on_news` is called when streams got output."""
         self._config = config
         self._policy = policy
         self._journal = journal
+        self._on_news = on_news
         self._process: EngineProcess | None = None
         self._model: ModelInfo | None = None
         self._watch: asyncio.Task[None] | None = None
@@ -82,8 +92,8 @@ class Supervision:
         if self._process is not None and self.is_ready:
             await self._process.send(command)
 
-    def post(self, command: Cancel) -> None:
-        """Tell it what to end; without a process there is nothing to end."""
+    def post(self, command: Cancel | ReadingChanged) -> None:
+        """Tell it what to end, or who reads; without a process the journal will tell the next."""
         if self._process is not None and self.is_ready:
             self._process.post(command)
             self._try_next_suspect()
@@ -191,6 +201,7 @@ class Supervision:
         match message:
             case SequencesAdvanced():
                 stopped = self._journal.take(message)
+                self._on_news()
                 if stopped and self._process is not None:
                     self._process.post(Cancel(sequences=tuple(stopped), reason="stop"))
                 self._try_next_suspect()

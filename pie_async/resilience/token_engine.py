@@ -11,7 +11,7 @@ import msgspec
 from pie_async.assembly import Parts, Progress, assemble
 from pie_async.config import EngineConfig
 from pie_async.errors import EngineStopped, MailboxClosed
-from pie_async.messages import AnyMessage, Cancel, SequencesAdvanced, Submit
+from pie_async.messages import AnyMessage, Cancel, ReadingChanged, SequencesAdvanced, Submit
 from pie_async.metrics import EngineStats
 from pie_async.model_info import ModelInfo
 from pie_async.request_stream import RequestStream
@@ -94,7 +94,7 @@ class TokenEngine:
             uptime_s=asyncio.get_running_loop().time() - self._started_s,
         )
 
-    async def tell(self, command: Submit | Cancel) -> None:
+    async def tell(self, command: Submit | Cancel | ReadingChanged) -> None:
         """Pass a command on, waiting while many are waiting.
 
         Raises:

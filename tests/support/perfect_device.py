@@ -141,7 +141,7 @@ class PerfectDevice:
 
     def plan_ahead(self) -> None:
         """Plan until enough is in flight or nothing more can be launched."""
-        while len(self._flying) < self._depth and not self.schedule.is_idle:
+        while len(self._flying) < self._depth and not self.schedule.is_resting:
             if not self.plan().rows:
                 return
 
