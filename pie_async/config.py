@@ -102,6 +102,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     the paper does, although it has not changed. The pool then keeps its memory, and with `debug`
     staging buffers are not poisoned."""
     max_queued_requests: int = 4096
+    """Requests that are accepted and not finished; further ones are told when to come again."""
+    max_queued_tokens: int = 16 * 2**20
+    """The same for their prompts' tokens, once for each sequence; one alone may have more."""
     reader_patience_s: float = 30.0
     """A request whose reader has begun to read and then takes nothing for so long is paused until
     it reads on: its sequences give up their places, and their KV as soon as somebody wants the
@@ -125,7 +128,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
     def __post_init__(self) -> None:
         self._check_types()
-        for name in ("block_tokens", "max_queued_requests"):
+        for name in ("block_tokens", "max_queued_requests", "max_queued_tokens"):
             _at_least(name, getattr(self, name), 1)
         _at_least("host_pool_bytes", self.host_pool_bytes, 0)
         for name, least in (

@@ -14,6 +14,7 @@ import msgspec
 
 from pie_async.assembly import Parts, Progress, Tokenizer, assemble
 from pie_async.config import EngineConfig
+from pie_async.core.admission import Admission
 from pie_async.core.layout import KvLayout
 from pie_async.cuda.memory_budget import GpuMemory
 from pie_async.errors import (
@@ -22,7 +23,6 @@ from pie_async.errors import (
     EngineStuck,
     InvalidRequest,
     MailboxClosed,
-    Overloaded,
     PieError,
 )
 from pie_async.ids import RequestId, SequenceId
@@ -76,6 +76,9 @@ class Engine:
         self._exits_when_stuck = exits_when_stuck
         self._watch: asyncio.Task[None] | None = None
         self._streams: dict[str, RequestStream] = {}
+        self._admission = Admission(
+            most_requests=config.max_queued_requests, most_tokens=config.max_queued_tokens
+        )
         self._has_started = False
         self._is_draining = False
         self._failure: PieError | None = None
@@ -244,6 +247,7 @@ class Engine:
         name = request_id if request_id is not None else f"request-{number}"
         if name in self._streams:
             raise InvalidRequest(f"request_id {name!r} is in use", param="request_id")
+        self._admission.check(now_s=_now_s(), num_tokens=params.n * len(tokens))
         stream = self._open_stream(name, prompt, tokens, params)
         seed = params.seed if params.seed is not None else self._dice.getrandbits(62)
         command = Submit(
@@ -339,6 +343,7 @@ class Engine:
             token_text=tokenizer.token_text,
         )
         self._streams[name] = stream
+        self._admission.enter(stream.num_queued_tokens)
         self._running_actors().delivery.open(stream)
         return stream
 
@@ -348,7 +353,8 @@ class Engine:
         self._actors.scheduler.mailbox.post(Cancel(sequences=stream.unfinished))
 
     def _forget(self, stream: RequestStream) -> None:
-        self._streams.pop(stream.request_id, None)
+        if self._streams.pop(stream.request_id, None) is not None:
+            self._admission.leave(stream.num_queued_tokens, now_s=_now_s())
 
     # --- state ------------------------------------------------------------------------------
 
@@ -396,12 +402,7 @@ class Engine:
         if not self.is_accepting:
             state = "draining" if self.is_running else "not running"
             raise EngineStopped(f"the engine is {state} and accepts no requests")
-        if len(self._streams) >= self.config.max_queued_requests:
-            raise Overloaded(
-                f"{len(self._streams)} requests are queued, the most allowed "
-                "(max_queued_requests); try again later",
-                retry_after_s=1.0,
-            )
+        self._admission.check(now_s=_now_s())
 
     def _intake(self) -> Intake:
         return Intake(self.tokenizer, self.model)
@@ -421,6 +422,10 @@ class Engine:
         if self._actors is None:
             raise EngineStopped("the engine has not started; use `async with` or `start()`")
         return self._actors
+
+
+def _now_s() -> float:
+    return asyncio.get_running_loop().time()
 
 
 class _Numbers:

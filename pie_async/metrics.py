@@ -43,6 +43,9 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     governor_reason: str = ""
     """The same with its numbers."""
 
+    pending_s: float = 0.0
+    """How long the device has been at the oldest iteration that was issued; 0 while idle."""
+
     # totals since the start
     uptime_s: float = 0.0
     iterations: int = 0

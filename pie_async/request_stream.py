@@ -209,6 +209,11 @@ class RequestStream:
         self.cancel()
 
     @property
+    def num_queued_tokens(self) -> int:
+        """Prompt tokens, once for each sequence."""
+        return len(self.prompt_token_ids) * len(self.sequences)
+
+    @property
     def is_finished(self) -> bool:
         return self._num_open == 0
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import asyncio
+import time
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from typing import assert_never
 
@@ -87,10 +89,18 @@ class SchedulerActor(Actor[SchedulerMail]):
         self._awaiting_staging: dict[IterationId, tuple[Launched, IterationRan]] = {}
         self._staged: dict[IterationId, IterationStaged] = {}
         self._totals = EngineStats()
+        self._now_s: Callable[[], float] = time.monotonic
+        self._progress_s = 0.0
+        """When the oldest iteration in flight came first: loop time."""
 
     def connect(self, neighbours: Neighbours) -> None:
         """Say where decisions go; before `run`."""
         self._neighbours = neighbours
+
+    async def run(self) -> None:
+        """See `Actor`."""
+        self._now_s = asyncio.get_running_loop().time
+        await super().run()
 
     def handle(self, mail: SchedulerMail) -> None:
         self._take_in(mail)
@@ -176,6 +186,8 @@ class SchedulerActor(Actor[SchedulerMail]):
         if plan.swap_out:
             to.swap_out.post(SwapOut(moves=tuple(plan.swap_out)))
         if plan.rows:
+            if len(self._schedule.in_flight) == 1:
+                self._progress_s = self._now_s()
             if plan.runs:
                 to.swap_in.post(StageIteration(iteration=plan.iteration, runs=tuple(plan.runs)))
             to.compute.post(
@@ -198,6 +210,7 @@ class SchedulerActor(Actor[SchedulerMail]):
     # --- settling ---------------------------------------------------------------------------
 
     def _settle(self, ran: IterationRan) -> None:
+        self._progress_s = self._now_s()
         launched, advances = self._schedule.settle(ran.iteration, ran.sampled)
         self._tell(advances, ran.iteration, ran.prompt_logprobs)
         self._add(iterations=1, compute_s=ran.compute_s, stall_s=ran.stall_s)
@@ -287,6 +300,12 @@ class SchedulerActor(Actor[SchedulerMail]):
             parked_blocks=schedule.num_parked_blocks,
             pooled_blocks=residency.host.num_used,
             streamed_limit_blocks=schedule.streamed_limit,
+            pending_s=self._pending_s(),
             expansion_ratio=(device + residency.num_streamed) / device,
             **asdict(schedule.counts),
         )
+
+    def _pending_s(self) -> float:
+        if not self._schedule.in_flight:
+            return 0.0
+        return self._now_s() - self._progress_s

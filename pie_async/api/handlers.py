@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Awaitable, Callable
 
 import msgspec
@@ -11,7 +10,7 @@ from aiohttp import web
 import pie_async
 from pie_async.api.body import read_body
 from pie_async.api.in_flight import InFlight
-from pie_async.api.liveness import Liveness
+from pie_async.api.liveness import is_stuck
 from pie_async.api.sse import send_events
 from pie_async.errors import EngineStopped
 from pie_async.openai.answer import Answer
@@ -38,7 +37,6 @@ class Handlers:
         self._service = service
         self._in_flight = in_flight
         self._limits = limits
-        self._liveness = Liveness()
 
     async def chat(self, request: web.Request) -> web.StreamResponse:
         """POST /v1/chat/completions"""
@@ -64,10 +62,15 @@ class Handlers:
         """GET /health: liveness alone; a full or draining server is healthy."""
         if not self._backend.is_running:
             raise EngineStopped("the engine is not running")
-        now_s = asyncio.get_running_loop().time()
-        if self._liveness.is_stuck(self._backend.stats(), now_s=now_s):
+        if is_stuck(self._backend.stats()):
             raise EngineStopped("the engine makes no progress")
         return _json({"status": "ok"})
+
+    async def ready(self, _request: web.Request) -> web.Response:
+        """GET /ready: whether requests are admitted; not while draining or restarting."""
+        if not self._backend.is_accepting or self._in_flight.is_draining:
+            raise EngineStopped("the engine admits no requests now")
+        return _json({"status": "ready"})
 
     async def _answer(
         self, request: web.Request, accept: Callable[[bytes], Awaitable[Answer]]

@@ -143,6 +143,7 @@ def _labelled(stats: EngineStats) -> Iterator[Metric]:
         running=stats.running,
         waiting=stats.waiting,
         parked=stats.parked,
+        paused=stats.paused,
     )
     yield _by_label(
         GaugeMetricFamily("pie:blocks", "KV blocks by where they are", labels=["state"]),

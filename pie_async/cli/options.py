@@ -241,6 +241,10 @@ FLAGS: dict[str, _Flag] = {
         "--max-queued", count, "N", "More requests than this are refused.",
         str(_DEFAULTS.max_queued_requests),
     ),
+    "max_queued_tokens": _Flag(
+        "--max-queued-tokens", count, "N", "The same for tokens of their prompts.",
+        f"{_DEFAULTS.max_queued_tokens // 2**20}Mi",
+    ),
     "reader_patience_s": _Flag(
         "--reader-patience", seconds, "TIME",
         "Pause a request whose reader takes nothing for so long; 0: never.",

@@ -14,7 +14,8 @@ import msgspec
 
 from pie_async.assembly import Progress, Tokenizer
 from pie_async.config import EngineConfig
-from pie_async.errors import EngineStopped, InvalidRequest, Overloaded, PieError
+from pie_async.core.admission import Admission
+from pie_async.errors import EngineStopped, InvalidRequest, PieError
 from pie_async.ids import RequestId, SequenceId
 from pie_async.intake import Intake, Prompt, check_cache_salt
 from pie_async.messages import Cancel, ReadingChanged, Submit
@@ -59,6 +60,9 @@ class ResilientEngine:
             config = msgspec.structs.replace(config, **options)
         self.config = config
         self._streams: dict[str, RequestStream] = {}
+        self._admission = Admission(
+            most_requests=config.max_queued_requests, most_tokens=config.max_queued_tokens
+        )
         policy = policy or RestartPolicy()
         self._journal = Journal(most_deaths=policy.most_deaths_of_request, on_finished=self._forget)
         self._readers = Readers(
@@ -182,6 +186,7 @@ class ResilientEngine:
         name = request_id if request_id is not None else f"request-{number}"
         if name in self._streams:
             raise InvalidRequest(f"request_id {name!r} is in use", param="request_id")
+        self._admission.check(now_s=_now_s(), num_tokens=params.n * len(tokens))
         stream = self._open_stream(name, prompt, tokens, params)
         command = Submit(
             request=number,
@@ -240,6 +245,7 @@ class ResilientEngine:
             cancel=self._cancel_stream,
             token_text=tokenizer.token_text,
         )
+        self._admission.enter(stream.num_queued_tokens)
         return stream
 
     def _cancel_stream(self, stream: RequestStream) -> None:
@@ -252,7 +258,8 @@ class ResilientEngine:
         self._supervision.post(ReadingChanged(sequences=sequences, is_read=is_read))
 
     def _forget(self, stream: RequestStream) -> None:
-        self._streams.pop(stream.request_id, None)
+        if self._streams.pop(stream.request_id, None) is not None:
+            self._admission.leave(stream.num_queued_tokens, now_s=_now_s())
         if not self._streams and self._emptied is not None:
             self._emptied.set_result(None)
             self._emptied = None
@@ -310,15 +317,14 @@ class ResilientEngine:
             if self.is_running:
                 state = "draining" if self._is_draining else "restarting"
             raise EngineStopped(f"the engine is {state} and accepts no requests")
-        if len(self._streams) >= self.config.max_queued_requests:
-            raise Overloaded(
-                f"{len(self._streams)} requests are queued, the most allowed "
-                "(max_queued_requests); try again later",
-                retry_after_s=1.0,
-            )
+        self._admission.check(now_s=_now_s())
 
     def _intake(self) -> Intake:
         return Intake(self.tokenizer, self.model)
+
+
+def _now_s() -> float:
+    return asyncio.get_running_loop().time()
 
 
 def _read_tokenizer(config: EngineConfig, vocab_size: int) -> Tokenizer:

@@ -12,9 +12,7 @@ import pytest
 from aiohttp import web
 
 from pie_async.api import create_app, serve
-from pie_async.api.liveness import Liveness
 from pie_async.errors import ConfigError
-from pie_async.metrics import EngineStats
 from tests.support.fake_engine import FakeEngine
 
 pytestmark = pytest.mark.realtime
@@ -196,13 +194,3 @@ async def test_foreign_host_is_a_config_error_that_names_the_host() -> None:
     with pytest.raises(ConfigError, match=r"192\.0\.2\.1") as refused:
         await serve(FakeEngine(), host="192.0.2.1", port=0)
     assert refused.value.option == "host"
-
-
-def test_engine_without_progress_is_stuck_only_while_sequences_run() -> None:
-    liveness = Liveness(stuck_after_s=10)
-    busy = EngineStats(running=1, iterations=5)
-    assert not liveness.is_stuck(EngineStats(running=0, iterations=5), now_s=0)
-    assert not liveness.is_stuck(EngineStats(running=0, iterations=5), now_s=1000)
-    assert not liveness.is_stuck(busy, now_s=1001)
-    assert liveness.is_stuck(busy, now_s=1012)
-    assert not liveness.is_stuck(EngineStats(running=1, iterations=6), now_s=1013)

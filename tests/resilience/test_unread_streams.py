@@ -6,6 +6,7 @@ import asyncio
 import os
 import signal
 
+import msgspec
 import pytest
 
 from pie_async import Engine, EngineConfig, SamplingParams
@@ -17,7 +18,7 @@ pytestmark = pytest.mark.realtime
 CONFIG = EngineConfig(
     cpu_threads=1, device_kv_bytes=40 * 2**20, host_pool_bytes=2**26, reader_patience_s=0.05
 )
-LENGTH = 200
+LENGTH = 250
 PROMPT = list(range(10, 60))
 PARAMS = SamplingParams(
     temperature=0.9, seed=3, n=2, max_tokens=LENGTH, ignore_eos=True, output_kind="delta",
@@ -59,8 +60,9 @@ async def test_unread_output_stops_and_goes_on_with_the_same_tokens(kind):
         await asyncio.sleep(0.5)
         # what was in flight still came
         assert engine.stats().output_tokens <= computed + 4 < 4 * LENGTH
-        other = await Reading().read(await engine.submit(PROMPT[::-1], PARAMS))
-        assert [len(tokens) for tokens in other.tokens.values()] == [LENGTH, LENGTH]
+        other = msgspec.structs.replace(PARAMS, max_tokens=20)
+        came = await Reading().read(await engine.submit(PROMPT[::-1], other))
+        assert [len(tokens) for tokens in came.tokens.values()] == [20, 20]
         await got.read(stream)
         assert got.tokens == expected.tokens
         assert got.num_logprobs == 2 * LENGTH
