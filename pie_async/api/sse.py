@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import socket
 from contextlib import aclosing
 
 from aiohttp import web
@@ -19,6 +20,8 @@ _HEADERS = {
 }
 
 
+_KERNEL_BYTES = 64 * 1024
+"""The kernel would take megabytes for a client that reads nothing, and nobody would notice."""
 _NEVER_BLOCKS_BYTES = 16 * 1024
 """Far below the transport's high-water mark."""
 
@@ -32,6 +35,9 @@ async def send_events(
     even for an error event.
     """
     response = web.StreamResponse(headers=_HEADERS)
+    if request.transport is not None:
+        sock = request.transport.get_extra_info("socket")
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _KERNEL_BYTES)
     try:
         await response.prepare(request)
         async with aclosing(answer.events()) as events:
