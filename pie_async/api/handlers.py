@@ -11,7 +11,7 @@ import pie_async
 from pie_async.api.body import read_body
 from pie_async.api.in_flight import InFlight
 from pie_async.api.liveness import is_stuck
-from pie_async.api.sse import send_events
+from pie_async.api.sse import send_body, send_events
 from pie_async.errors import EngineStopped
 from pie_async.openai.answer import Answer
 from pie_async.openai.backend import Backend
@@ -89,9 +89,8 @@ class Handlers:
                 await answer.aclose()
 
     async def _send(self, request: web.Request, answer: Answer) -> web.StreamResponse:
-        if answer.is_streamed:
-            return await send_events(request, answer, stall_timeout_s=self._limits.stall_timeout_s)
-        return web.Response(body=await answer.body(), content_type="application/json")
+        send = send_events if answer.is_streamed else send_body
+        return await send(request, answer, stall_timeout_s=self._limits.stall_timeout_s)
 
 
 def _json(content: object) -> web.Response:

@@ -112,14 +112,14 @@ class EngineProcess:
     async def buried(self) -> str:
         """Make sure that it has ended, and say why in a few words."""
         self._wire.close()
-        if self._process.returncode is None and self._quiet is None:
-            # It hung up; a moment for its own exit status.
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(LEAVE_S):
-                    await self._process.wait()
+        if self._quiet is None:  # it hung up; a moment for its own exit status
+            await self._await_end()
         if self._process.returncode is None:
             self.kill(self._quiet or "it hung up and did not end")
-        status = await self._process.wait()
+            await self._await_end()
+        status = self._process.returncode
+        if status is None:  # it sleeps in a driver, which no signal wakes it from
+            return f"{self._quiet}, and process {self.pid} does not even end when killed"
         if self._quiet is not None:
             return self._quiet
         if self._failed is not None:
@@ -127,6 +127,11 @@ class EngineProcess:
         if status == STUCK:
             return "it stood still and its watchdog ended it; the log above names the report"
         return f"signal {_name(-status)}" if status < 0 else f"exit status {status}"
+
+    async def _await_end(self) -> None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(LEAVE_S):
+                await self._process.wait()
 
     def refusal(self) -> PieError | None:
         """The error it ended with, as its own process raised it."""

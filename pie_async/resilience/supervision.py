@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import deque
 from collections.abc import Callable
 
 import msgspec
@@ -41,7 +42,7 @@ class Supervision:
         self._process: EngineProcess | None = None
         self._model: ModelInfo | None = None
         self._watch: asyncio.Task[None] | None = None
-        self._deaths_s: list[float] = []
+        self._deaths_s: deque[float] = deque(maxlen=policy.most_restarts + 1)
         self._ended = asyncio.Event()
         self.is_ready = False
         """Whether there is a process that takes requests."""
