@@ -24,7 +24,7 @@ import uvloop
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from scripts._soak_http.clients import Client, Tally
-from scripts._soak_http.memory import Slope, slope_of
+from scripts._soak_http.memory import slope_of, tenths
 from scripts._soak_http.server import Server, State
 
 SERVE = (
@@ -65,11 +65,7 @@ async def run(arguments: argparse.Namespace) -> int:
         after = await server.quiet_state(within_s=QUIET_S)
         counters = await server.counters()
         status = await server.stop()
-    slopes = {
-        name: slope_of(samples[int(len(samples) * WARM_UP) :])
-        for name, samples in server.samples.items()
-    }
-    return report(arguments, tally, before, after, slopes, counters, status)
+    return report(arguments, tally, before, after, server.samples, counters, status)
 
 
 def report(
@@ -77,11 +73,11 @@ def report(
     tally: Tally,
     before: State,
     after: State,
-    slopes: dict[str, Slope],
+    samples: dict[str, list[tuple[float, int]]],
     counters: dict[str, float],
     status: int,
 ) -> int:
-    faults = [f"wrong: {each}" for each in tally.wrong[:10]]
+    faults = [f"wrong: {count} x {what}" for what, count in tally.wrong.most_common(10)]
     faults += [f"leaked: {each}" for each in after.leaks(before)]
     if status:
         faults.append(f"the server ended with status {status}")
@@ -90,8 +86,9 @@ def report(
     print("what the server answered: " + _listed(tally.statuses))
     print("engine: " + _listed({name: round(count) for name, count in counters.items()}))
     print(f"before: {before}\nafter:  {after}")
-    for name, slope in slopes.items():
-        print(f"{name}: {slope}")
+    for name, resident in samples.items():
+        slope = slope_of(resident[int(len(resident) * WARM_UP) :])
+        print(f"{name}: {tenths(resident)}; then {slope}")
         if slope.low > 0:
             faults.append(f"{name} grows")
     for fault in faults:

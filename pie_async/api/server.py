@@ -19,6 +19,9 @@ from pie_async.openai.backend import Backend
 _FLUSH_S = 5.0
 """After answers were ended: time for their last bytes to leave."""
 
+_BACKLOG = 1024
+"""Connections that wait to be accepted; the kernel resets further ones."""
+
 _log = logging.getLogger(__name__)
 
 
@@ -70,7 +73,7 @@ async def serve(
 
 
 async def _listen(runner: web.AppRunner, host: str, port: int) -> web.TCPSite:
-    site = web.TCPSite(runner, host, port)
+    site = web.TCPSite(runner, host, port, backlog=_BACKLOG)
     try:
         await site.start()
     except OSError as error:

@@ -21,10 +21,11 @@ _HEADERS = {
 }
 
 
-_KERNEL_BYTES = 64 * 1024
-"""The kernel would take megabytes for a client that reads nothing, and nobody would notice."""
+_UNREAD_BYTES = 16 * 1024
+"""What may wait in the kernel, which would take megabytes for a client that reads nothing, and in
+the transport: both count about twice."""
 _NEVER_BLOCKS_BYTES = 16 * 1024
-"""Far below the transport's high-water mark."""
+"""No more than the transport's high-water mark."""
 
 
 async def send_events(
@@ -37,7 +38,8 @@ async def send_events(
     response = web.StreamResponse(headers=_HEADERS)
     if request.transport is not None:
         sock = request.transport.get_extra_info("socket")
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _KERNEL_BYTES)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _UNREAD_BYTES)
+        request.transport.set_write_buffer_limits(high=_UNREAD_BYTES)
     with _cutting_off(request, answer.response_id, stall_timeout_s):
         await response.prepare(request)
         async with aclosing(answer.events()) as events:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import random
 import time
 from collections import Counter
@@ -35,6 +36,8 @@ class Outcome(msgspec.Struct, kw_only=True):
     """Of the pool, once nothing has wanted it for a while."""
     virtual_s: float
     wall_s: float
+    resident_mib: list[float]
+    """Of this process, after each tenth."""
 
     def tell(self) -> str:
         ends = ", ".join(f"{count} {end}" for end, count in sorted(self.ends.items()))
@@ -45,7 +48,9 @@ class Outcome(msgspec.Struct, kw_only=True):
             f"output tokens, {stats.preemptions_parked} parked, {stats.preemptions_recomputed} "
             f"recomputed, {stats.pauses} paused, {stats.demotions} demotions, {stats.promotions} "
             f"promotions, {stats.cache_evictions} cached blocks evicted\nat the end 0 blocks, "
-            f"lanes and streams in use, {self.host_bytes // MIB} MiB of the host pool kept"
+            f"lanes and streams in use, {self.host_bytes // MIB} MiB of the host pool kept\n"
+            "resident after each tenth, MiB: "
+            + ", ".join(f"{mib:.1f}" for mib in self.resident_mib)
         )
 
 
@@ -63,10 +68,13 @@ async def _run(requests: int, seed: int) -> Outcome:
     began_s, loop = time.perf_counter(), asyncio.get_running_loop()
     ends: Counter[str] = Counter()
     numbers = iter(range(requests))
+    resident_mib: list[float] = []
     async with Engine(CONFIG) as engine:
 
         async def keep_asking() -> None:
             for number in numbers:
+                if number % max(1, requests // 10) == 0:
+                    resident_mib.append(_resident_bytes() / MIB)
                 ends[await _ask(engine, random.Random(f"{seed}-{number}"))] += 1
 
         async with asyncio.TaskGroup() as group:
@@ -88,6 +96,7 @@ async def _run(requests: int, seed: int) -> Outcome:
         stats=stats,
         host_bytes=host_bytes,
         virtual_s=took_s,
+        resident_mib=resident_mib,
         wall_s=time.perf_counter() - began_s,
     )
 
@@ -131,3 +140,8 @@ async def _read(stream: RequestStream, dice: random.Random, max_tokens: int) -> 
         is_whole = counts[index] == max_tokens
         assert is_whole if reason == "length" else reason == "abort", (counts, reasons)
     return "cancelled" if "abort" in reasons.values() else "finished"
+
+
+def _resident_bytes() -> int:
+    with open("/proc/self/statm") as statm:
+        return int(statm.read().split()[1]) * os.sysconf("SC_PAGESIZE")

@@ -32,7 +32,7 @@ class Tally:
 
     done: Counter[str] = field(default_factory=Counter)
     statuses: Counter[str] = field(default_factory=Counter)
-    wrong: list[str] = field(default_factory=list)
+    wrong: Counter[str] = field(default_factory=Counter)
 
 
 @dataclass
@@ -91,9 +91,9 @@ class Client:
                 finally:
                     await connection.close()
         except TimeoutError:
-            self._tally.wrong.append(f"{kind}: no answer within {PATIENCE_S:g} s")
+            self._tally.wrong[f"{kind}: no answer within {PATIENCE_S:g} s"] += 1
         except (OSError, asyncio.IncompleteReadError) as error:
-            self._tally.wrong.append(f"{kind}: {type(error).__name__}: {error}")
+            self._tally.wrong[f"{kind}: {type(error).__name__}: {error}"] += 1
         else:
             self._tally.done[kind] += 1
 
@@ -188,7 +188,7 @@ class Client:
             after_s = float(head.lower().split("retry-after: ")[1].split("\r\n")[0])
             await asyncio.sleep(min(after_s, 5.0) * self._dice.uniform(0.5, 1.5))
         elif status != "200":
-            self._tally.wrong.append(f"status {status}")
+            self._tally.wrong[f"status {status}"] += 1
         return status == "200"
 
     async def _read_some(self, connection: Connection) -> None:
@@ -204,10 +204,10 @@ class Client:
                 if b'"usage":{' in line:
                     usage = json.loads(line[6:])["usage"]
         if last != b"data: [DONE]":
-            self._tally.wrong.append(f"a stream ended with {last[:200]!r}")
+            self._tally.wrong[f"a stream ended with {last[:200]!r}"] += 1
         else:
             self._check(usage, tokens)
 
     def _check(self, usage: dict[str, int] | None, tokens: int) -> None:
         if usage is None or usage["completion_tokens"] != tokens:
-            self._tally.wrong.append(f"{tokens} tokens were asked for: {usage}")
+            self._tally.wrong[f"{tokens} tokens were asked for: {usage}"] += 1

@@ -26,7 +26,7 @@ class Slope:
 
     def __str__(self) -> str:
         return (
-            f"{self.least:.1f} to {self.most:.1f} MiB resident, slope {self.per_hour:+.1f} MiB per "
+            f"{self.least:.1f} to {self.most:.1f} MiB, slope {self.per_hour:+.1f} MiB per "
             f"hour (95 %: {self.low:+.1f} to {self.high:+.1f})"
         )
 
@@ -49,3 +49,9 @@ def slope_of(samples: Sequence[tuple[float, int]]) -> Slope:
     error = math.sqrt(sum(r * r for r in residuals) / (PARTS - 2) / spread)
     all_mib = [num_bytes / MIB for _, num_bytes in samples]
     return Slope(slope, slope - T_95 * error, slope + T_95 * error, min(all_mib), max(all_mib))
+
+
+def tenths(samples: Sequence[tuple[float, int]]) -> str:
+    """Memory after each tenth of the samples."""
+    last = [samples[len(samples) * (i + 1) // 10 - 1][1] / MIB for i in range(10)]
+    return ", ".join(f"{mib:.1f}" for mib in last) + " MiB after each tenth"
