@@ -31,8 +31,8 @@ SERVE = (
     "--device", "sim", "--device-kv", "384MiB", "--host-pool", "512MiB",
     "--max-running", "16", "--max-queued", "200", "--reader-patience", "1s",
 )  # fmt: skip
-WARM_UP = 0.25
-"""Share of the time that memory is not judged by."""
+WARM_UP = 0.5
+"""Share of the time that memory is not judged by: the story fills, allocators settle."""
 QUIET_S = 60.0
 """How long the server may take to be quiet once all clients are gone."""
 
