@@ -83,6 +83,7 @@ BY_NAME = {
     "is_staged": st.booleans(),
     "is_all": st.booleans(),
     "is_read": st.booleans(),
+    "cause": st.sampled_from(get_args(messages.LimitCause)),
     "longest": st.none() | INTS,
     "cache_salt": st.none() | st.text(max_size=8),
 }
