@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 
 PATIENCE_S = 120.0
 """An answer that takes longer counts as lost."""
+THINK_S = 8.0
+"""Between two visits, on the average."""
 LONGEST_STALL_S = 20.0
 MUCH = {"max_tokens": 600, "logprobs": 5}
 """What stallers ask for: more than sockets hold."""
@@ -77,7 +79,7 @@ class Client:
         await asyncio.sleep(self._dice.uniform(0.0, 5.0))
         while time.monotonic() < ends_s:
             await self.visit()
-            await asyncio.sleep(self._dice.expovariate(1 / 2.0))
+            await asyncio.sleep(self._dice.expovariate(1 / THINK_S))
 
     async def visit(self) -> None:
         """One connection."""
@@ -86,6 +88,12 @@ class Client:
         try:
             async with asyncio.timeout(PATIENCE_S):
                 connection = await self._connect()
+        except (TimeoutError, OSError):
+            # More came at once than the kernel keeps for a server: it did not hear of this one.
+            self._tally.done["could not connect"] += 1
+            return
+        try:
+            async with asyncio.timeout(PATIENCE_S):
                 try:
                     await self._kinds[kind][1](connection)
                 finally:
@@ -118,12 +126,15 @@ class Client:
     async def _stall(self, connection: Connection) -> None:
         tokens = await self._send(connection, is_streamed=True, **MUCH)
         if await self._has_answer(connection):
+            await connection.reader.readuntil(b"data: {")
+            await connection.reader.readline()
             await asyncio.sleep(self._dice.uniform(0.0, LONGEST_STALL_S))
             await self._read_to_end(connection, tokens)
 
     async def _stall_and_vanish(self, connection: Connection) -> None:
         await self._send(connection, is_streamed=True, **MUCH)
         if await self._has_answer(connection):
+            await connection.reader.readuntil(b"data: {")
             await asyncio.sleep(self._dice.uniform(0.0, LONGEST_STALL_S))
         connection.reset()
 
