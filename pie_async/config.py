@@ -119,6 +119,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """CPU device: threads per torch operation; None: all cores but one."""
     debug: bool = False
     """Poison staging buffers, check invariants at every message and plan."""
+    check_copies: bool = False
+    """CPU and simulated device: compare the checksum of every copied block; what arrived otherwise
+    is copied again."""
     seed: int = 0
     """Where seeds of requests without one are drawn from."""
     sim_gpu: str = "h200"
@@ -152,17 +155,17 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             )
         self._check_gpu()
         self._check_pool()
+        if self.check_copies and self.device == "cuda":
+            raise ConfigError(
+                "check_copies works on the devices cpu and sim, not on cuda", option="check_copies"
+            )
         if not 0 <= self.pool_idle_s < math.inf:
             raise ConfigError(
                 f"pool_idle_s must be at least 0, not {self.pool_idle_s}; 0 keeps the "
                 "pool's memory",
                 option="pool_idle_s",
             )
-        for name in ("watchdog_s", "reader_patience_s"):
-            if not 0 <= (value := getattr(self, name)) < math.inf:
-                raise ConfigError(
-                    f"{name} must be at least 0, not {value}; 0 switches it off", option=name
-                )
+        self._check_patience()
         self._check_itl_limit()
         if self.iterations_in_flight not in (1, 2):
             raise ConfigError(
@@ -175,6 +178,13 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
                 "leave it out for no limit",
                 option="link_bytes_per_s",
             )
+
+    def _check_patience(self) -> None:
+        for name in ("watchdog_s", "reader_patience_s"):
+            if not 0 <= (value := getattr(self, name)) < math.inf:
+                raise ConfigError(
+                    f"{name} must be at least 0, not {value}; 0 switches it off", option=name
+                )
 
     def _check_gpu(self) -> None:
         check_gpu_memory(self.gpu_memory)

@@ -32,10 +32,12 @@ from pie_async.metrics import EngineStats
 from pie_async.model_info import ModelInfo
 from pie_async.outputs import RequestOutput
 from pie_async.request_stream import RequestStream, SequenceOutput
+from pie_async.runtime.faults import PROCESS_POINTS, FaultPlan
+from pie_async.runtime.faulty_actors import log_on_full_disk
 from pie_async.sampling_params import SamplingParams
 from pie_async.story import Story
 from pie_async.watching import watch_engine
-from pie_async.wiring import Actors
+from pie_async.wiring import Actors, arm
 
 _log = logging.getLogger(__name__)
 
@@ -54,6 +56,7 @@ class Engine:
         exits_when_stuck: end the process, with status 71, if the engine stands still for
             `watchdog_s`: for a process that is the engine's own. Otherwise the engine stops, and
             its streams end with `EngineStuck`.
+        faults: what is to go wrong with it, for tests; see `pie_async.runtime.faults`.
 
     Raises:
         ConfigError: options that cannot work (on construction and in `start`).
@@ -64,6 +67,7 @@ class Engine:
         config: EngineConfig | None = None,
         *,
         exits_when_stuck: bool = False,
+        faults: FaultPlan | None = None,
         **options: Any,
     ) -> None:
         if config is None:
@@ -71,6 +75,10 @@ class Engine:
         elif options:
             config = msgspec.structs.replace(config, **options)
         self.config = config
+        self.faults = None
+        if faults is not None:
+            why = "the engine has no process of its own; use ResilientEngine"
+            self.faults = arm(faults, *PROCESS_POINTS, why=why)
         self._parts: Parts | None = None
         self._actors: Actors | None = None
         self._exits_when_stuck = exits_when_stuck
@@ -106,7 +114,9 @@ class Engine:
             raise EngineStopped("an engine starts once; make a new one")
         self._has_started = True
         loop = asyncio.get_running_loop()
-        parts = await asyncio.to_thread(assemble, self.config, progress=progress)
+        parts = await asyncio.to_thread(
+            assemble, self.config, progress=progress, faults=self.faults
+        )
         parts.device.start(loop)
         self.story = Story(loop.time)
         self._parts = parts
@@ -116,11 +126,16 @@ class Engine:
             self.story,
             on_finished=self._forget,
             on_shorter=self._limit_length,
+            faults=self.faults,
         )
         self._started_s = loop.time()
         self._watch = asyncio.create_task(self._supervise(parts), name="pie-supervisor")
 
     async def _supervise(self, parts: Parts) -> None:
+        with log_on_full_disk(self.faults):
+            await self._run_actors(parts)
+
+    async def _run_actors(self, parts: Parts) -> None:
         assert self._actors is not None and self.story is not None
         supervisor = self._actors.supervisor
         stop = None if self._exits_when_stuck else self._stop_stuck
@@ -365,6 +380,11 @@ class Engine:
     @property
     def is_accepting(self) -> bool:
         return self.is_running and not self._is_draining
+
+    @property
+    def failure(self) -> PieError | None:
+        """Why it stopped; None while it runs, and when it was closed."""
+        return self._failure
 
     @property
     def model(self) -> ModelInfo:

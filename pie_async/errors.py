@@ -87,6 +87,10 @@ class EngineStuck(EngineStopped):
     """
 
 
+class SequenceLost(PieError):
+    """A sequence's KV was lost in failed copies too often; the others go on. Ask again."""
+
+
 class DeviceFault(PieError):
     """The device failed in a way that leaves its memory in doubt; the engine must be restarted."""
 

@@ -115,6 +115,8 @@ class Advance(msgspec.Struct, frozen=True, array_like=True):
     """The stop token id that ended it, unless that was the model's own end-of-sequence."""
     cached_tokens: int = 0
     """With the first token: prompt tokens whose KV was found instead of computed."""
+    lost_because: str | None = None
+    """Why its KV was lost once too often: its request ends with `SequenceLost`."""
 
 
 # --- to the scheduler ---------------------------------------------------------------------
@@ -169,6 +171,8 @@ class IterationRan(Message, frozen=True, kw_only=True):
     """Time the compute stream worked."""
     stall_s: float
     """Time the compute stream waited for staged blocks."""
+    unstaged: tuple[HostSlot, ...] = ()
+    """Host slots whose blocks were not staged right: rows that read them computed nothing."""
 
 
 class IterationStaged(Message, frozen=True, kw_only=True):
@@ -178,6 +182,8 @@ class IterationStaged(Message, frozen=True, kw_only=True):
     staged_bytes: int
     busy_s: float
     """Time the copy stream was copying (not waiting for a free ring buffer)."""
+    failed_attempts: int = 0
+    """Attempts to copy that went wrong, and were made again as long as that is allowed."""
     written_back_bytes: int = 0
     """With `exchange`: copied to the pool."""
 
@@ -188,6 +194,9 @@ class SwappedIn(Message, frozen=True, kw_only=True):
     blocks: tuple[BlockId, ...]
     swapped_bytes: int
     busy_s: float
+    failed: tuple[BlockId, ...] = ()
+    """The others of the command: they could not be copied and are where they were."""
+    failed_attempts: int = 0
 
 
 class SwappedOut(Message, frozen=True, kw_only=True):
@@ -196,6 +205,9 @@ class SwappedOut(Message, frozen=True, kw_only=True):
     blocks: tuple[BlockId, ...]
     swapped_bytes: int
     busy_s: float
+    failed: tuple[BlockId, ...] = ()
+    """The others of the command: they could not be copied and are where they were."""
+    failed_attempts: int = 0
 
 
 LimitCause = Literal["idle", "fits", "demand", "hiding", "itl", "stall", "cost", "fixed"]

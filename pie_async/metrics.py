@@ -72,6 +72,14 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     """Blocks copied to the pool."""
     promotions: int = 0
     """Blocks copied back to stay."""
+    copy_attempts_failed: int = 0
+    """Attempts to copy that failed or, with `check_copies`, arrived corrupted; a copy has three."""
+    copies_lost: int = 0
+    """Copies of a block that had no good attempt."""
+    sequences_begun_anew: int = 0
+    """Times that a sequence was computed again because its KV was lost in a copy."""
+    sequences_lost: int = 0
+    """Sequences that ended because that happened too often."""
     compute_s: float = 0.0
     stall_s: float = 0.0
     """Compute waiting for staged blocks."""

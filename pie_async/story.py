@@ -35,6 +35,10 @@ class Story:
         self._now = now
         self._entries: deque[Entry] = deque(maxlen=length)
 
+    def keep_all(self) -> None:
+        """Forget nothing from now on."""
+        self._entries = deque(self._entries)
+
     def note(self, actor: str, message: AnyMessage) -> None:
         self._entries.append(Entry(self._now(), actor, message))
 

@@ -7,7 +7,7 @@ import contextlib
 import logging
 import secrets
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 from pie_async.actors.compute import ComputeActor
 from pie_async.actors.delivery import DeliveryActor
@@ -24,9 +24,20 @@ from pie_async.core.schedule import SHRINK_TOLERANCE, Schedule
 from pie_async.device.launcher import Launcher
 from pie_async.device.watched import WatchedQueues
 from pie_async.errors import MailboxClosed
-from pie_async.messages import PoolGrown, PoolShrunk, SetStreamedLimit
+from pie_async.messages import (
+    AnyMessage,
+    IterationRan,
+    IterationStaged,
+    PoolGrown,
+    PoolShrunk,
+    SetStreamedLimit,
+    SwappedIn,
+    SwappedOut,
+)
 from pie_async.request_stream import RequestStream
 from pie_async.runtime.actor import Actor
+from pie_async.runtime.faults import CLIENT_POINTS, Fault, FaultPlan, Faults
+from pie_async.runtime.faulty_actors import check_names, delay_mail, faulty
 from pie_async.runtime.supervisor import Supervisor
 from pie_async.runtime.watchdog import Mail, Watched
 from pie_async.story import Story
@@ -45,6 +56,7 @@ class Actors:
         *,
         on_finished: Callable[[RequestStream], None],
         on_shorter: Callable[[int], None],
+        faults: Faults | None = None,
     ) -> None:
         """Connect them.
 
@@ -52,8 +64,9 @@ class Actors:
             on_finished: called with every request that ended.
             on_shorter: called if sequences have to be shorter than planned, with their most
                 tokens: the operating system would not pin the whole pool.
+            faults: what goes wrong with actors and their messages.
         """
-        observer = story.note
+        observer = story.note if faults is None else faulty(story.note, faults)
         schedule = _schedule(parts, config)
         self.scheduler = SchedulerActor(
             schedule,
@@ -114,6 +127,8 @@ class Actors:
                 governor=governor.mailbox if governor else None,
             )
         )
+        if faults is not None:
+            delay_mail(actors, faults, sender_of)
         self.supervisor = Supervisor(actors, parts.device)
         self.watched: tuple[Watched, ...] = (
             queues.compute, queues.h2d, queues.d2h, *(Mail(actor.mailbox) for actor in actors)
@@ -138,6 +153,38 @@ class Actors:
                 if is_less
                 else PoolGrown(slots=slots, is_all=is_all, longest=longest)
             )
+
+
+SENDERS: dict[type, str] = {
+    IterationRan: "compute",
+    IterationStaged: "swap_in",
+    SwappedIn: "swap_in",
+    SwappedOut: "swap_out",
+    SetStreamedLimit: "expansion_governor",
+}
+"""Who sends the scheduler what; everything else comes from one sender, or from callers."""
+ACTORS = ("delivery", "scheduler", "compute", "swap_in", "swap_out", "expansion_governor")
+
+
+def sender_of(message: Any) -> str:
+    """Whose messages stay in order with this one, when mail is late."""
+    return SENDERS.get(type(message), "")
+
+
+def arm(plan: FaultPlan, *spared: type[Fault], why: str = "") -> Faults:
+    """Get a plan ready for an engine.
+
+    Args:
+        spared: faults that cannot happen to it, and `why`.
+
+    Raises:
+        ConfigError: the plan has one of these, or names an actor or message that there is not.
+    """
+    plan.refuse(*CLIENT_POINTS, why="it is a client's; see pie_async.testing")
+    plan.refuse(*spared, why=why)
+    messages = (kind.__name__ for kind in get_args(AnyMessage))
+    check_names(plan, actors=ACTORS, messages=messages)
+    return Faults(plan)
 
 
 def _schedule(parts: Parts, config: EngineConfig) -> Schedule:

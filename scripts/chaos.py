@@ -6,7 +6,8 @@
 
 A seed draws memories, options, requests and their clients' manners (slow, cancelling, vanishing,
 never reading), message delays, kernel and copy times, host memory that comes late or is refused,
-and which of the ready tasks runs next. Each run has the happens-before checker and the invariants
+copies that fail or arrive corrupted, actors that raise, devices that are lost, and which of the
+ready tasks runs next. Each run has the happens-before checker and the invariants
 on; its tokens must be those of the seed, and everything must be returned. A failing seed prints
 the command that replays it; with --seed the digest of its story is printed, which is the same
 every time.
@@ -38,6 +39,10 @@ COUNTED = (
     "prefix_hit_tokens",
     "cache_evictions",
     "sequences_cancelled",
+    "copy_attempts_failed",
+    "copies_lost",
+    "sequences_begun_anew",
+    "sequences_lost",
 )
 
 
@@ -100,19 +105,22 @@ class _Totals:
         self._messages = 0
         self._counts: Counter[str] = Counter()
         self._endings: Counter[str] = Counter()
+        self._bites: Counter[str] = Counter()
 
     def add(self, outcome: Outcome) -> None:
         self._virtual_s += outcome.virtual_s
         self._messages += outcome.messages
         self._counts.update({name: getattr(outcome.stats, name) for name in COUNTED})
         self._endings.update(outcome.endings)
+        self._bites.update(outcome.bites)
 
     def tell(self, wall_s: float) -> str:
         counts = ", ".join(f"{self._counts[name]} {name.replace('_', ' ')}" for name in COUNTED)
         return (
             f"{self._virtual_s / 3600:.2f} simulated hours (clients' pauses included), "
             f"{self._virtual_s / 3600 / wall_s:.4f} per second; {self._messages} messages\n"
-            f"{counts}\noutputs ended: {dict(self._endings.most_common())}"
+            f"{counts}\noutputs ended: {dict(self._endings.most_common())}\n"
+            f"faults that bit: {dict(self._bites.most_common())}"
         )
 
 

@@ -57,7 +57,13 @@ PARTS[PromptLogprobs] = st.builds(
     PromptLogprobs, INTS, INTS, st.lists(PARTS[SampledToken], max_size=2).map(tuple)
 )
 PARTS[Advance] = st.builds(
-    Advance, INTS, st.none() | PARTS[SampledToken], st.none() | REASONS, st.none() | INTS, INTS
+    Advance,
+    INTS,
+    st.none() | PARTS[SampledToken],
+    st.none() | REASONS,
+    st.none() | INTS,
+    INTS,
+    st.none() | st.text(max_size=9),
 )
 PARTS[LaneBinding] = st.builds(
     LaneBinding,
@@ -88,7 +94,9 @@ BY_NAME = {
     "cache_salt": st.none() | st.text(max_size=8),
 }
 MANY = {"rows", "bindings", "tables", "runs", "moves", "sampled", "prompt_logprobs", "advances"}
-TUPLES_OF_INTS = {"sequences", "prompt_tokens", "output_tokens", "blocks"}
+TUPLES_OF_INTS = {
+    "sequences", "prompt_tokens", "output_tokens", "blocks", "failed", "unstaged",
+}  # fmt: skip
 
 
 def field_values(kind: type, name: str) -> st.SearchStrategy:

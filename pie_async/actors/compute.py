@@ -50,6 +50,7 @@ class ComputeActor(Actor[ComputeMail]):
                 prompt_logprobs=result.prompt_logprobs,
                 compute_s=result.compute_s,
                 stall_s=result.stall_s,
+                unstaged=result.unstaged,
             )
         )
         announced.set()

@@ -7,7 +7,7 @@ import contextlib
 from collections.abc import Callable
 from typing import assert_never
 
-from pie_async.errors import MailboxClosed, PieError
+from pie_async.errors import MailboxClosed, PieError, SequenceLost
 from pie_async.ids import SequenceId
 from pie_async.messages import (
     Cancel,
@@ -74,6 +74,15 @@ class DeliveryActor(Actor[DeliveryMail]):
         self._streams.clear()
         self.drained.set()
 
+    def _fail(self, stream: RequestStream, error: PieError) -> None:
+        """One of its sequences was lost: the others end with it."""
+        rest = stream.unfinished
+        for seq in rest:
+            self._streams.pop(seq, None)
+        stream.fail(error)
+        self._on_finished(stream)
+        self._scheduler.post(Cancel(sequences=rest))
+
     def handle(self, mail: DeliveryMail) -> None:
         match mail:
             case SequencesAdvanced():
@@ -92,6 +101,9 @@ class DeliveryActor(Actor[DeliveryMail]):
             stream = self._streams.get(advance.sequence)
             if stream is None:
                 continue  # it reached a stop string while its next token was under way
+            if advance.lost_because is not None:
+                self._fail(stream, SequenceLost(f"{advance.lost_because}; send the request again"))
+                continue
             if stream.push(advance):
                 stopped.append(advance.sequence)
             if advance.finish_reason is not None or stopped[-1:] == [advance.sequence]:

@@ -121,11 +121,19 @@ class SchedulerActor(Actor[SchedulerMail]):
             case IterationStaged():
                 self._count_staged(mail)
             case SwappedOut():
-                schedule.swapped_out(mail.blocks)
-                self._add(d2h_bytes=mail.swapped_bytes, d2h_busy_s=mail.busy_s)
+                schedule.swapped_out(mail.blocks, mail.failed)
+                self._add(
+                    d2h_bytes=mail.swapped_bytes,
+                    d2h_busy_s=mail.busy_s,
+                    copy_attempts_failed=mail.failed_attempts,
+                )
             case SwappedIn():
-                schedule.swapped_in(mail.blocks)
-                self._add(h2d_bytes=mail.swapped_bytes, h2d_busy_s=mail.busy_s)
+                self._tell(schedule.swapped_in(mail.blocks, mail.failed), NO_ITERATION)
+                self._add(
+                    h2d_bytes=mail.swapped_bytes,
+                    h2d_busy_s=mail.busy_s,
+                    copy_attempts_failed=mail.failed_attempts,
+                )
             case SetStreamedLimit():
                 schedule.streamed_limit = mail.limit_blocks
                 schedule.least_streamed = mail.least_blocks
@@ -211,7 +219,7 @@ class SchedulerActor(Actor[SchedulerMail]):
 
     def _settle(self, ran: IterationRan) -> None:
         self._progress_s = self._now_s()
-        launched, advances = self._schedule.settle(ran.iteration, ran.sampled)
+        launched, advances = self._schedule.settle(ran.iteration, ran.sampled, ran.unstaged)
         self._tell(advances, ran.iteration, ran.prompt_logprobs)
         self._add(iterations=1, compute_s=ran.compute_s, stall_s=ran.stall_s)
         if launched.is_staged and ran.iteration not in self._staged:
@@ -223,6 +231,7 @@ class SchedulerActor(Actor[SchedulerMail]):
         self._add(
             h2d_bytes=staged.staged_bytes,
             h2d_busy_s=staged.busy_s,
+            copy_attempts_failed=staged.failed_attempts,
             d2h_bytes=staged.written_back_bytes,
         )
         if staged.iteration in self._awaiting_staging:

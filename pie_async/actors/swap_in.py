@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import assert_never
 
+from pie_async.core.lost_copies import Patience, split
 from pie_async.device.protocol import CopyResult, SwapInQueue
 from pie_async.messages import (
     IterationStaged,
@@ -31,6 +32,7 @@ class SwapInActor(Actor[SwapInMail]):
         super().__init__("swap_in", capacity=64, observer=observer)
         self._queue = queue
         self._scheduler = scheduler
+        self._patience = Patience("to the device")
 
     def handle(self, mail: SwapInMail) -> None:
         match mail:
@@ -46,21 +48,27 @@ class SwapInActor(Actor[SwapInMail]):
         self, mail: StageIteration, copied: asyncio.Future[CopyResult]
     ) -> None:
         result = await asyncio.shield(copied)
+        self._patience.take(result.damaged)
         self._scheduler.post(
             IterationStaged(
                 iteration=mail.iteration,
                 staged_bytes=result.copied_bytes,
                 busy_s=result.busy_s,
+                failed_attempts=result.failed_attempts,
                 written_back_bytes=result.written_back_bytes,
             )
         )
 
     async def _announce_swapped_in(self, mail: SwapIn, copied: asyncio.Future[CopyResult]) -> None:
         result = await asyncio.shield(copied)
+        self._patience.take(result.damaged)
+        blocks, failed = split(mail.moves, result.damaged)
         self._scheduler.post(
             SwappedIn(
-                blocks=tuple(move.block for move in mail.moves),
+                blocks=blocks,
                 swapped_bytes=result.copied_bytes,
                 busy_s=result.busy_s,
+                failed=failed,
+                failed_attempts=result.failed_attempts,
             )
         )

@@ -9,6 +9,7 @@ from typing import assert_never
 
 import msgspec
 
+from pie_async.core.lost_copies import Patience, split
 from pie_async.device.protocol import CopyResult, SwapOutQueue
 from pie_async.errors import MailboxClosed
 from pie_async.messages import (
@@ -54,6 +55,7 @@ class SwapOutActor(Actor[SwapOutMail]):
         self._review = review
         self._slots = 0 if review is None else review.slots
         self._timer: asyncio.TimerHandle | None = None
+        self._patience = Patience("to the pool")
 
     async def run(self) -> None:
         """See `Actor`."""
@@ -80,11 +82,15 @@ class SwapOutActor(Actor[SwapOutMail]):
 
     async def _announce(self, mail: SwapOut, copied: asyncio.Future[CopyResult]) -> None:
         result = await asyncio.shield(copied)
+        self._patience.take(result.damaged)
+        blocks, failed = split(mail.moves, result.damaged)
         self._scheduler.post(
             SwappedOut(
-                blocks=tuple(move.block for move in mail.moves),
+                blocks=blocks,
                 swapped_bytes=result.copied_bytes,
                 busy_s=result.busy_s,
+                failed=failed,
+                failed_attempts=result.failed_attempts,
             )
         )
 

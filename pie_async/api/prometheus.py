@@ -137,6 +137,13 @@ def _counters(stats: EngineStats) -> dict[str, tuple[str, float]]:
         "pauses": ("Sequences taken off because nobody read them", stats.pauses),
         "demotions": ("Blocks copied to the pool", stats.demotions),
         "promotions": ("Blocks copied back to stay", stats.promotions),
+        "copy_attempts_failed": ("Attempts to copy that went wrong", stats.copy_attempts_failed),
+        "copies_lost": ("Copies of a block that went wrong for good", stats.copies_lost),
+        "sequences_begun_anew": (
+            "Sequences computed again because a copy lost their KV",
+            stats.sequences_begun_anew,
+        ),
+        "sequences_lost": ("Sequences that a copy's failures ended", stats.sequences_lost),
         "compute_seconds": ("Time the compute stream worked, in seconds", stats.compute_s),
         "stall_seconds": ("Time compute waited for staged blocks, in seconds", stats.stall_s),
     }

@@ -38,6 +38,7 @@ def assemble_cpu(config: EngineConfig, progress: Progress | None) -> Parts:
         link_bytes_per_s=config.link_bytes_per_s,
         threads=config.cpu_threads or default_threads(),
         poisons=config.debug and not config.exchange,
+        checks_copies=config.check_copies,
     )
     runner = ModelRunner(
         decoder,

@@ -8,6 +8,7 @@ from pie_async.assembly.parts import Parts
 from pie_async.assembly.sizing import (
     count_device_slots,
     count_host_slots,
+    count_staging_slots,
     default_limits,
     longest_sequence,
     model_layout,
@@ -31,11 +32,15 @@ def assemble_sim(config: EngineConfig) -> Parts:
     layout = model_layout(config, shape, shape.kv_item_bytes)
     device_slots = count_device_slots(config, layout)
     host_slots = count_host_slots(config, layout)
+    # All of the pool, unless told: a ring that limits what is streamed is a card's affair.
+    staging_slots = host_slots
+    if config.max_streamed_bytes is not None:
+        staging_slots = count_staging_slots(config, layout, host_slots)
     memory = MemoryPlan(
         layout=layout,
         device_slots=device_slots,
         first_staging_slot=device_slots,
-        staging_slots=host_slots,
+        staging_slots=staging_slots,
         host_slots=host_slots,
         first_host_slots=host_slots,
         chunk_slots=chunk_slots_of(layout, host_slots),
@@ -46,11 +51,17 @@ def assemble_sim(config: EngineConfig) -> Parts:
         family="simulated",
         dtype="bfloat16",
         vocab_size=shape.vocab_size,
-        max_model_len=longest_sequence(config, layout, SIM_POSITIONS, device_slots + host_slots),
+        max_model_len=longest_sequence(config, layout, SIM_POSITIONS, device_slots + staging_slots),
         num_parameters=shape.weight_bytes // shape.weight_item_bytes,
         weight_bytes=shape.weight_bytes,
     )
-    device = SimDevice(memory=memory, cost=cost, seed=config.seed, checked=config.debug)
+    device = SimDevice(
+        memory=memory,
+        cost=cost,
+        seed=config.seed,
+        checked=config.debug,
+        checks_copies=config.check_copies,
+    )
     return Parts(
         device=device,
         tokenizer=ByteTokenizer(shape.vocab_size),

@@ -22,8 +22,9 @@ RING_DEPTH = 2
 third gains nothing: an H200's iterations were 1.044 instead of 1.033 to 1.039 of resident ones."""
 MAX_STREAMED_BYTES = 2 * GIB
 """What PCIe 5 moves in 40 ms: more than hides behind the iterations of most loads."""
-PEER_MAX_STREAMED_BYTES = 8 * GIB
-"""The same for a pool in another GPU: what NVLink moves in 20 ms."""
+PEER_MAX_STREAMED_BYTES = 12 * GIB
+"""The same for a pool in another GPU: what NVLink moves in 32 ms. Where the ring limits what is
+streamed, blocks find no staging slot of their own number, and copies become many."""
 SPARE_SLOTS = 3
 """Slots that one sequence alone cannot fill: its next block, and copies under way."""
 

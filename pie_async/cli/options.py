@@ -269,6 +269,10 @@ FLAGS: dict[str, _Flag] = {
         "--debug", None, None,
         "Show where errors come from; poison staging buffers, check invariants.", "off",
     ),
+    "check_copies": _Flag(
+        "--check-copies", None, None,
+        "Compare checksums of copied blocks, copy wrong ones again (cpu, sim).", "off",
+    ),
     "sim_gpu": _Flag(
         "--sim-gpu", str, "NAME", "GPU whose cost model runs.", _DEFAULTS.sim_gpu, _SIM
     ),

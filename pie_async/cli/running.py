@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from pie_async.engine import Engine
     from pie_async.resilience.engine import ResilientEngine
+    from pie_async.runtime.faults import FaultPlan
 
 E = TypeVar("E", "Engine", "ResilientEngine")
 
@@ -43,12 +44,12 @@ def messages() -> Console:
 
 
 def started(
-    config: EngineConfig, *, exits_when_stuck: bool = False
+    config: EngineConfig, faults: FaultPlan | None = None, *, exits_when_stuck: bool = False
 ) -> AbstractAsyncContextManager[Engine]:
     """A started engine in this process; a bar shows the weights being loaded."""
     from pie_async.engine import Engine
 
-    return starting(Engine(config, exits_when_stuck=exits_when_stuck))
+    return starting(Engine(config, faults=faults, exits_when_stuck=exits_when_stuck))
 
 
 @asynccontextmanager

@@ -6,6 +6,7 @@ import asyncio
 import signal
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -16,6 +17,7 @@ from pie_async.cli.plan import memory_plan, memory_warning, plan_lines
 from pie_async.cli.running import messages, run_async, started, starting
 from pie_async.config import BUILTIN_MODEL, EngineConfig
 from pie_async.errors import ConfigError
+from pie_async.runtime.faults import FaultPlan
 
 if TYPE_CHECKING:
     from pie_async.engine import Engine
@@ -62,6 +64,16 @@ def serve(
         typer.Option("--in-process", rich_help_panel=_PANEL,
                      help="Run the engine in the server's own process; nothing restarts it."),
     ] = False,
+    faults: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", rich_help_panel=_PANEL,
+                     help="Have go wrong what this plan says (docs/reliability.md); for tests."),
+    ] = None,
+    allow_faults: Annotated[
+        bool,
+        typer.Option("--allow-faults", rich_help_panel=_PANEL,
+                     help="Yes, --faults is meant: this server may lose requests."),
+    ] = False,
     engine: EngineConfig,
 ) -> int:  # fmt: skip
     """Serve MODEL over OpenAI's API; without one, the small built-in model.
@@ -70,6 +82,7 @@ def serve(
     """
     del model  # it is in the engine's configuration
     keys = _read_keys(api_key_file)
+    plan_of_faults = _read_faults(faults, is_allowed=allow_faults)
     console = messages()
     plan = memory_plan(engine)
     for line in plan_lines(plan):
@@ -80,7 +93,8 @@ def serve(
     async def main() -> int:
         from pie_async.api.server import serve as serve_http
 
-        engine_runs = started(engine, exits_when_stuck=True) if in_process else _apart(engine)
+        run_engine = partial(started, exits_when_stuck=True) if in_process else _apart
+        engine_runs = run_engine(engine, plan_of_faults)
         async with engine_runs as running:
             await serve_http(
                 running,
@@ -98,13 +112,15 @@ def serve(
 
 
 @asynccontextmanager
-async def _apart(config: EngineConfig) -> AsyncIterator[Engine | ResilientEngine]:
+async def _apart(
+    config: EngineConfig, faults: FaultPlan | None
+) -> AsyncIterator[Engine | ResilientEngine]:
     """An engine in a process of its own. When it is given up, the server ends as on a signal, and
     its failure is raised."""
     from pie_async.resilience.engine import ResilientEngine
     from pie_async.watching import watch_loop
 
-    async with starting(ResilientEngine(config)) as running:
+    async with starting(ResilientEngine(config, faults=faults)) as running:
         watchdog = watch_loop(config)
 
         async def stop_when_failed() -> None:
@@ -128,6 +144,17 @@ def _announcer(name: str) -> Callable[[str], None]:
         typer.echo(f"serving {name} at {url}/v1 (Ctrl-C stops)")
 
     return announce
+
+
+def _read_faults(path: Path | None, *, is_allowed: bool) -> FaultPlan | None:
+    if path is None:
+        return None
+    if not is_allowed:
+        raise ConfigError(
+            f"{path} would make this server fail on purpose; add --allow-faults if that is meant",
+            option="faults",
+        )
+    return FaultPlan.read(path)
 
 
 def _read_keys(path: Path | None) -> list[str]:

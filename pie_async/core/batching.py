@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from pie_async.core import pressure
 from pie_async.core.residency import Block, ResidencyMap
-from pie_async.core.schedule import Launched, Schedule
+from pie_async.core.schedule import Launched, Schedule, StagedBlock
 from pie_async.core.sequence import Sequence
 from pie_async.ids import DeviceSlot, IterationId
 from pie_async.messages import BlockMove, CopyRun, LaneBinding, Row, TableUpdate
@@ -79,8 +79,9 @@ def _plan_once(schedule: Schedule, iteration: IterationId) -> IterationPlan:
     if not plan.rows:
         return plan
     batch.describe_lanes()
-    plan.runs = staging_runs(schedule.residency)
-    batch.launch()
+    staged = staged_blocks(schedule.residency)
+    plan.runs = staging_runs(staged)
+    batch.launch(staged)
     return plan
 
 
@@ -228,7 +229,7 @@ class _Batch:
             history=tuple(seq.tokens) if sampling.counts_tokens else (),
         )
 
-    def launch(self) -> None:
+    def launch(self, staged: list[StagedBlock]) -> None:
         plan, schedule = self._plan, self._schedule
         schedule.residency.launched(plan.iteration)
         num_tokens = schedule.token_budget - self._budget
@@ -242,6 +243,7 @@ class _Batch:
                 streamed_blocks=schedule.residency.num_streamed,
                 wanted_blocks=pressure.wanted_streamed(schedule),
                 is_staged=bool(plan.runs),
+                staged=staged,
             )
         )
 
@@ -252,16 +254,19 @@ def _read_slot(block: Block) -> DeviceSlot:
     return slot
 
 
-def staging_runs(residency: ResidencyMap) -> list[CopyRun]:
-    """The copies that bring all streamed blocks through the ring, neighbours merged."""
-    pairs = sorted(
-        (block.staging_slot, block.host_slot)
+def staged_blocks(residency: ResidencyMap) -> list[StagedBlock]:
+    """All blocks that an iteration issued now has to stage, by their staging slots."""
+    return sorted(
+        (block.staging_slot, block.host_slot, block.id)
         for block in residency.streamed.values()
-        if not block.is_resident
+        if not block.is_resident and block.staging_slot is not None and block.host_slot is not None
     )
+
+
+def staging_runs(staged: list[StagedBlock]) -> list[CopyRun]:
+    """The copies that bring these blocks through the ring, neighbours merged."""
     runs: list[CopyRun] = []
-    for staging_slot, host_slot in pairs:
-        assert staging_slot is not None and host_slot is not None
+    for staging_slot, host_slot, _ in staged:
         last = runs[-1] if runs else None
         if (
             last is not None

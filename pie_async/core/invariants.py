@@ -26,6 +26,7 @@ def check(schedule: Schedule) -> None:
     _check_cache(residency)
     for seq in schedule.sequences.values():
         _check_sequence(schedule, seq)
+    _check_damaged(schedule)
     _check_owners(schedule)
     _check_queues(schedule)
 
@@ -134,6 +135,17 @@ def _check_digests(schedule: Schedule, seq: Sequence) -> None:
             block.digest == digest,
             f"sequence {seq.id} has other tokens than block {block.id} at {index} of its table",
         )
+
+
+def _check_damaged(schedule: Schedule) -> None:
+    """They are set aside and wait for nothing but the end of their worthless iterations."""
+    for sequence_id in schedule.damaged:
+        seq = schedule.sequences.get(sequence_id)
+        _require(seq is not None, f"damaged sequence {sequence_id} has ended")
+        is_parked = seq is not None and seq.state is State.PARKED
+        _require(is_parked, f"damaged sequence {sequence_id} is not parked")
+        waits = seq is not None and seq.launches_in_flight > 0
+        _require(waits, f"damaged sequence {sequence_id} waits for no iteration")
 
 
 def _check_owners(schedule: Schedule) -> None:

@@ -284,6 +284,18 @@ class ResidencyMap:
         else:
             self._let_go(block)
 
+    def fail_demote(self, block_id: BlockId) -> None:
+        """The copy out came to nothing: the block stays where it is."""
+        block = self.blocks[block_id]
+        block.move = None
+        self.moving_out -= 1
+        self._unstage(block)
+        assert block.host_slot is not None
+        self._retire(self.host, block.host_slot)
+        block.host_slot = None
+        if not block.owners:
+            self._let_go(block)
+
     def _leave_device(self, block: Block) -> None:
         assert block.device_slot is not None
         self.clean_resident.pop(block.id, None)
@@ -314,6 +326,17 @@ class ResidencyMap:
         self.clean_resident[block.id] = block
         self._mark_moved(block)
 
+    def fail_promote(self, block_id: BlockId) -> None:
+        """The copy in came to nothing: the block stays in the pool."""
+        block = self.blocks[block_id]
+        block.move = None
+        self.moving_in -= 1
+        assert block.device_slot is not None
+        self._retire(self.device, block.device_slot)
+        block.device_slot = None
+        if not block.owners:
+            self._let_go(block)
+
     def _mark_moved(self, block: Block) -> None:
         for seq, index in block.owners:
             if seq.dirty_from is None or index < seq.dirty_from:
@@ -335,9 +358,10 @@ class ResidencyMap:
 
     def _stage(self, block: Block) -> None:
         """If it is free, into the staging slot of its host slot's number: neighbours in the
-        pool are then neighbours in the ring, and one copy."""
+        pool are then neighbours in the ring, and one copy. Else into the highest one, whose own
+        host slot is the last to be handed out: from the lowest it would drive the next block."""
         assert block.host_slot is not None
-        slot = self.staging.take(preferred=self.staging.first + block.host_slot)
+        slot = self.staging.take(preferred=self.staging.first + block.host_slot, is_highest=True)
         assert slot is not None
         block.staging_slot = DeviceSlot(slot)
         self.streamed[block.id] = block

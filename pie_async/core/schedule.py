@@ -17,7 +17,7 @@ from pie_async.core.prefix_hash import PrefixHasher
 from pie_async.core.residency import Block, ResidencyMap
 from pie_async.core.sequence import Sequence, State
 from pie_async.core.slots import SlotPool
-from pie_async.ids import BlockId, IterationId, Lane, SequenceId
+from pie_async.ids import BlockId, DeviceSlot, HostSlot, IterationId, Lane, SequenceId
 from pie_async.messages import Advance, BlockMove, PoolGrown, Row, SampledToken, Submit
 from pie_async.outputs import FinishReason
 
@@ -44,6 +44,12 @@ Measured in simulation, 64 prompts of 1,024 equal tokens at once, 8,192 tokens p
 TTFT 45 ms instead of 313."""
 
 
+MOST_LOSSES = 3
+"""A sequence whose KV was lost in copies is computed again; after so many times it ends instead."""
+
+StagedBlock = tuple[DeviceSlot, HostSlot, BlockId]
+
+
 @dataclass(slots=True)
 class Launched:
     """An iteration that was issued and has not settled."""
@@ -56,6 +62,7 @@ class Launched:
     streamed_blocks: int
     wanted_blocks: int
     is_staged: bool
+    staged: list[StagedBlock]
 
 
 @dataclass(slots=True)
@@ -74,6 +81,9 @@ class Counts:
     pauses: int = 0
     demotions: int = 0
     promotions: int = 0
+    copies_lost: int = 0
+    sequences_begun_anew: int = 0
+    sequences_lost: int = 0
 
 
 @dataclass(slots=True)
@@ -126,6 +136,8 @@ class Schedule:
     """For how many plans in a row."""
     waiting_blocks: int = 0
     """Blocks that the waiting sequences' tokens need."""
+    damaged: set[SequenceId] = field(default_factory=set)
+    """Parked sequences that start over once their last iterations, worthless ones, are over."""
     num_waiting: int = 0
     _waiting: list[tuple[tuple[int, int], Sequence]] = field(default_factory=list)
     _followers: dict[SequenceId, list[Sequence]] = field(default_factory=dict)
@@ -193,7 +205,7 @@ class Schedule:
             seq.is_read = is_read
             if is_read and seq.state is State.PAUSED:
                 self._unpause(seq)
-            elif not (is_read or seq.is_follower) and seq.state in _CAN_PAUSE:
+            elif not is_read and self._can_pause(seq):
                 self.pause(seq)
 
     def pool_grown(self, grown: PoolGrown) -> list[Advance]:
@@ -213,43 +225,127 @@ class Schedule:
         return self.cancel(too_long, "abort") + self.cancel(full, "length")
 
     def settle(
-        self, iteration: IterationId, sampled: Iterable[SampledToken]
+        self,
+        iteration: IterationId,
+        sampled: Iterable[SampledToken],
+        unstaged: Iterable[HostSlot] = (),
     ) -> tuple[Launched, list[Advance]]:
-        """An iteration is over: its KV is written and these are its tokens."""
+        """An iteration is over: its KV is written and these are its tokens.
+
+        Args:
+            unstaged: host slots whose blocks it found wrong.
+        """
         launched = self.in_flight.popleft()
         assert launched.iteration == iteration, f"iteration {iteration} settled out of order"
         self.residency.settled(iteration)
         size, sequences = self.block_tokens, self.sequences
-        for row in launched.rows:
+        rows, advances = launched.rows, list[Advance]()
+        if unstaged:
+            advances = self._damage(launched, frozenset(unstaged))
+        if self.damaged:
+            rows, sampled = self._without_damaged(rows, sampled)
+        for row in rows:
             seq = sequences.get(row.sequence)
             if seq is not None:
                 seq.launches_in_flight -= 1
                 seq.num_settled = row.start + (len(row.tokens) or 1)
                 if seq.num_settled >= (seq.num_sealed + 1) * size:
                     self._seal(seq)
-        advances = []
         for token in sampled:
             seq = sequences.get(token.sequence)
             if seq is not None:
                 advances.append(self._advance(seq, token))
-        self.counts.output_tokens += len(advances)
+                self.counts.output_tokens += 1
         return launched, advances
 
-    def swapped_out(self, blocks: Iterable[BlockId]) -> None:
+    def swapped_out(self, blocks: Iterable[BlockId], failed: Iterable[BlockId] = ()) -> None:
+        """Copies to the pool are over; those that failed leave their blocks where they are."""
         for block in blocks:
             self.residency.finish_demote(block)
             self.counts.demotions += 1
+        for block in failed:
+            self.residency.fail_demote(block)
+            self.counts.copies_lost += 1
 
-    def swapped_in(self, blocks: Iterable[BlockId]) -> None:
+    def swapped_in(
+        self, blocks: Iterable[BlockId], failed: Iterable[BlockId] = ()
+    ) -> list[Advance]:
+        """Copies home are over; a sequence that waits for one that failed is computed again."""
         for block in blocks:
             self.residency.finish_promote(block)
             self.counts.promotions += 1
+        advances: list[Advance] = []
+        for block in failed:
+            waiting = [seq for seq, _ in self.residency.blocks[block].owners]
+            self.residency.fail_promote(block)
+            self.counts.copies_lost += 1
+            for seq in waiting:
+                if seq.state is State.RESUMING and not self._lose(seq, advances):
+                    self.resuming.remove(seq)
+                    self._begin_anew(seq)
         for seq in [s for s in self.resuming if is_readable(s)]:
             if seq.is_read:
                 self.resuming.remove(seq)
                 self.start(seq)
             else:
                 self.pause(seq)
+        return advances
+
+    # --- KV that was lost -----------------------------------------------------------------------
+
+    def _damage(self, launched: Launched, unstaged: frozenset[HostSlot]) -> list[Advance]:
+        """Set those aside that read these slots: what they computed since is worthless. Nothing
+        of it is sealed, so nobody shares it."""
+        advances: list[Advance] = []
+        rows = {row.sequence for row in launched.rows}
+        for _, host_slot, block_id in launched.staged:
+            block = self.residency.blocks.get(block_id) if host_slot in unstaged else None
+            for seq, _ in tuple(block.owners) if block is not None else ():
+                if seq.id in rows and seq.id not in self.damaged and not self._lose(seq, advances):
+                    if seq.state is State.RUNNING:
+                        self._set_aside(seq)
+                    elif seq.state is State.PAUSED:
+                        self._unpause(seq)  # `_begin_anew` pauses it again
+                    self.damaged.add(seq.id)
+        self.counts.copies_lost += len(unstaged)
+        return advances
+
+    def _lose(self, seq: Sequence, advances: list[Advance]) -> bool:
+        """Count a loss; True if it was one too many, and the sequence is over."""
+        seq.num_losses += 1
+        if seq.num_losses <= MOST_LOSSES:
+            return False
+        self.finish(seq, "abort")
+        self.counts.sequences_lost += 1
+        why = f"its KV was lost {seq.num_losses} times in copies that failed"
+        advances.append(Advance(seq.id, None, "abort", lost_because=why))
+        return True
+
+    def _without_damaged(
+        self, rows: tuple[Row, ...], sampled: Iterable[SampledToken]
+    ) -> tuple[tuple[Row, ...], list[SampledToken]]:
+        """What an iteration did for the others. A damaged sequence starts over once none of its
+        iterations is under way."""
+        damaged = frozenset(self.damaged)
+        kept = [token for token in sampled if token.sequence not in damaged]
+        for row in rows:
+            if row.sequence in damaged:
+                seq = self.sequences[row.sequence]
+                seq.launches_in_flight -= 1
+                seq.samples_in_flight -= row.is_sampled
+                if seq.launches_in_flight == 0:
+                    self.parked.remove(seq)
+                    self.damaged.remove(seq.id)
+                    self._begin_anew(seq)
+        return tuple(row for row in rows if row.sequence not in damaged), kept
+
+    def _begin_anew(self, seq: Sequence) -> None:
+        self._forget_kv(seq)
+        seq.move_to(State.WAITING)
+        self._enqueue(seq)
+        if not seq.is_read:
+            self.pause(seq)
+        self.counts.sequences_begun_anew += 1
 
     # --- queues -------------------------------------------------------------------------------
 
@@ -305,12 +401,15 @@ class Schedule:
 
     def park(self, seq: Sequence) -> None:
         """Preempt a running sequence and keep its KV."""
+        self._set_aside(seq)
+        self.counts.preemptions_parked += 1
+        self.growth_blocks = min(MOST_GROWTH_BLOCKS, self.growth_blocks + GROWTH_PER_PARKING)
+
+    def _set_aside(self, seq: Sequence) -> None:
         self._leave_lane(seq)
         seq.move_to(State.PARKED)
         insort(self.parked, seq, key=_by_order)
         self._let_blocks_leave(seq)
-        self.counts.preemptions_parked += 1
-        self.growth_blocks = min(MOST_GROWTH_BLOCKS, self.growth_blocks + GROWTH_PER_PARKING)
 
     def _let_blocks_leave(self, seq: Sequence) -> None:
         seq.demote_from = 0
@@ -338,6 +437,11 @@ class Schedule:
         self._free_followers(seq)  # they may be read, and it will not compute the prompt now
         self.counts.pauses += 1
 
+    def _can_pause(self, seq: Sequence) -> bool:
+        """At once; others are when they come back, start over, or need not follow any more."""
+        is_bound = seq.is_follower or seq.id in self.damaged
+        return not is_bound and seq.state in _CAN_PAUSE
+
     def _unpause(self, seq: Sequence) -> None:
         """Somebody reads it again: it waits for its turn, with or without its KV."""
         self.paused.remove(seq)
@@ -360,13 +464,17 @@ class Schedule:
         Its iterations have settled, so no token is on its way to it.
         """
         assert seq.launches_in_flight == 0
-        self._release_table(seq)
-        seq.num_launched = seq.num_settled = seq.num_sealed = seq.demote_from = 0
+        self._forget_kv(seq)
         if seq.state is State.PARKED:
             self.parked.remove(seq)
             seq.move_to(State.WAITING)
             self._enqueue(seq)
         self.counts.preemptions_recomputed += 1
+
+    def _forget_kv(self, seq: Sequence) -> None:
+        """All its tokens are to be computed again."""
+        self._release_table(seq)
+        seq.num_launched = seq.num_settled = seq.num_sealed = seq.demote_from = 0
 
     def finish(self, seq: Sequence, reason: FinishReason) -> None:
         """Take a sequence out of its queue and its memory back."""
@@ -384,6 +492,7 @@ class Schedule:
         seq.move_to(State.FINISHED)
         self._release_table(seq)
         del self.sequences[seq.id]
+        self.damaged.discard(seq.id)
         self._free_followers(seq)
         self.counts.sequences_finished += 1
         self.growth_blocks = max(LEAST_GROWTH_BLOCKS, self.growth_blocks - GROWTH_PER_END)

@@ -30,7 +30,7 @@ LEGAL_MOVES: dict[State, frozenset[State]] = {
     State.RUNNING: frozenset({State.PARKED, State.PAUSED, State.FINISHED}),
     State.PARKED: frozenset({State.RESUMING, State.WAITING, State.PAUSED, State.FINISHED}),
     State.PAUSED: frozenset({State.PARKED, State.WAITING, State.FINISHED}),
-    State.RESUMING: frozenset({State.RUNNING, State.PAUSED, State.FINISHED}),
+    State.RESUMING: frozenset({State.RUNNING, State.WAITING, State.PAUSED, State.FINISHED}),
     State.FINISHED: frozenset(),
 }
 
@@ -76,6 +76,8 @@ class Sequence:
     """Tokens whose KV it found when it started first."""
     num_sealed: int = 0
     """Leading blocks that are sealed."""
+    num_losses: int = 0
+    """Times that its KV was lost, in copies that went wrong."""
     demote_from: int = 0
     """Blocks before this index have left the device (a hint for the next demotion)."""
 

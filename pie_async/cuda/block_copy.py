@@ -9,7 +9,7 @@ import numpy as np
 
 from pie_async.cuda.pool_arena import PoolArena
 from pie_async.cuda.vmm import DeviceArena
-from pie_async.messages import BlockMove, CopyRun
+from pie_async.messages import CopyRun
 
 if TYPE_CHECKING:
     from pie_async.cuda.driver import Copies
@@ -47,22 +47,3 @@ def to_device(
 def to_host(pool: PoolArena, device: DeviceArena, layers: range, runs: Iterable[CopyRun]) -> Copies:
     """The same, the other way."""
     return to_device(pool, device, layers, runs)[[1, 0, 2]]
-
-
-def runs_of(moves: Iterable[BlockMove]) -> list[CopyRun]:
-    """Moves whose slots are neighbours on both sides, together."""
-    runs: list[CopyRun] = []
-    for move in sorted(moves, key=lambda move: move.host_slot):
-        if runs and _continues(runs[-1], move):
-            last = runs.pop()
-            runs.append(CopyRun(last.host_slot, last.device_slot, last.count + 1))
-        else:
-            runs.append(CopyRun(move.host_slot, move.device_slot, 1))
-    return runs
-
-
-def _continues(run: CopyRun, move: BlockMove) -> bool:
-    return (run.host_slot + run.count, run.device_slot + run.count) == (
-        move.host_slot,
-        move.device_slot,
-    )

@@ -11,29 +11,32 @@ import asyncio
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from functools import partial
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
 from pie_async.core.layout import KvLayout
-from pie_async.cuda.block_copy import runs_of, to_device, to_host
+from pie_async.cuda.block_copy import to_device, to_host
 from pie_async.cuda.event_waiter import EventWaiter
 from pie_async.cuda.host_arena import CHUNK_BYTES, HostArena
 from pie_async.cuda.peer_arena import PeerArena
 from pie_async.cuda.pool_arena import PoolArena
 from pie_async.cuda.streams import CudaEvent, CudaStream
 from pie_async.cuda.vmm import DeviceArena
+from pie_async.device.attempts import Tamper
+from pie_async.device.copy_runs import host_slots_of, runs_of
 from pie_async.device.protocol import Event, MemoryPlan, Pass, Span
 from pie_async.errors import DeviceFault
 from pie_async.messages import BlockMove, CopyRun, PromptLogprobs, RunIteration, SampledToken
+from pie_async.runtime.faults import CopyKind
 
 if TYPE_CHECKING:
     from pie_async.cuda.driver import Copies, Driver
     from pie_async.model.lanes import Results
 
 Work = Callable[[], None]
+FindCopies = Callable[[PoolArena, DeviceArena, range, Sequence[CopyRun]], "Copies"]
 
 
 class Runner(Protocol):
@@ -139,6 +142,7 @@ class CudaDevice:
             stream: EventWaiter(stream, driver) for stream in (self.compute, self.h2d, self.d2h)
         }
         self._poisons = poisons
+        self.tamper: Tamper | None = None
         self._runner: Runner | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._issues: SimpleQueue[Work | None] = SimpleQueue()
@@ -212,33 +216,42 @@ class CudaDevice:
     # --- copies -----------------------------------------------------------------------------
 
     def stage(self, layers: range, runs: Sequence[CopyRun]) -> None:
-        self._copy(self.h2d, partial(self._to_device, layers, runs))
+        self._copy(self.h2d, "stage", layers, runs)
 
     def write_back(self, layers: range, runs: Sequence[CopyRun]) -> None:
-        self._copy(self.d2h, partial(self._to_host, layers, runs))
+        self._issue(self.d2h, to_host, layers, runs)
 
     def promote(self, moves: Sequence[BlockMove]) -> None:
-        self._copy(self.h2d, partial(self._to_device, self._layers, runs_of(moves)))
+        self._copy(self.h2d, "promote", self._layers, runs_of(moves))
 
     def demote(self, moves: Sequence[BlockMove]) -> None:
-        self._copy(self.d2h, partial(self._to_host, self._layers, runs_of(moves)))
-
-    def _to_device(self, layers: range, runs: Sequence[CopyRun]) -> Copies:
-        return to_device(self._pool, self.arena, layers, runs)
-
-    def _to_host(self, layers: range, runs: Sequence[CopyRun]) -> Copies:
-        return to_host(self._pool, self.arena, layers, runs)
+        self._copy(self.d2h, "demote", self._layers, runs_of(moves))
 
     @property
     def _layers(self) -> range:
         return range(self.memory.layout.num_layers)
 
-    def _copy(self, stream: CudaStream, find: Callable[[], Copies]) -> None:
+    def _copy(
+        self, stream: CudaStream, kind: CopyKind, layers: range, runs: Sequence[CopyRun]
+    ) -> None:
+        if stream.fault is not None:
+            return
+        for _ in stream.attempts.numbers():
+            if self.tamper is None or self.tamper(kind) == "arrives":
+                break
+        else:
+            stream.attempts.give_up(host_slots_of(runs))
+            return
+        self._issue(stream, to_host if kind == "demote" else to_device, layers, runs)
+
+    def _issue(
+        self, stream: CudaStream, find: FindCopies, layers: range, runs: Sequence[CopyRun]
+    ) -> None:
         if stream.fault is not None:
             return
         stream.note_work()
         try:
-            self._driver.copy(find(), stream.handle)
+            self._driver.copy(find(self._pool, self.arena, layers, runs), stream.handle)
         except Exception as error:  # surfaces at the next event
             stream.fail(error)
 
@@ -250,7 +263,8 @@ class CudaDevice:
 
     def span(self, first: Event, last: Event) -> Span:
         assert isinstance(first, CudaEvent) and isinstance(last, CudaEvent)
-        return Span(last.busy_s - first.busy_s, last.waited_s - first.waited_s)
+        attempts = first.stream.attempts.between(first.attempts, last.attempts)
+        return Span(last.busy_s - first.busy_s, last.waited_s - first.waited_s, *attempts)
 
     def watch_pool(self, grown: Callable[[int, str | None], None]) -> None:
         loop = self._loop

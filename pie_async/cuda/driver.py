@@ -139,6 +139,13 @@ class Driver:
             )
             _checked((cuda.CUresult(code),), "copying")
 
+    def spin(self, seconds: float, stream: int) -> None:
+        """Keep a stream busy for about so long, by the clock that the card may run at."""
+        clock = cuda.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_CLOCK_RATE
+        khz = _checked(cuda.cuDeviceGetAttribute(clock, self._gpu), "asking for the clock's rate")
+        with self.torch_on(stream):
+            torch.cuda._sleep(int(seconds * float(khz) * 1e3))  # type: ignore[no-untyped-call]
+
     # --- memory -----------------------------------------------------------------------------
 
     def free_bytes(self) -> int:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import deque
 from typing import TYPE_CHECKING, NamedTuple
 
+from pie_async.device.attempts import Attempts
 from pie_async.device.protocol import Event
 from pie_async.errors import DeviceFault
 
@@ -28,12 +29,22 @@ class CudaEvent:
         fault: known when it was recorded, or found when it fired.
     """
 
-    __slots__ = ("busy_s", "fault", "handle", "has_fired", "number", "stream", "waited_s")
+    __slots__ = (
+        "attempts",
+        "busy_s",
+        "fault",
+        "handle",
+        "has_fired",
+        "number",
+        "stream",
+        "waited_s",
+    )
 
     def __init__(self, stream: CudaStream, number: int, handle: int) -> None:
         self.stream = stream
         self.number = number
         self.handle = handle
+        self.attempts = stream.attempts.mark()
         self.has_fired = False
         self.busy_s = 0.0
         self.waited_s = 0.0
@@ -60,6 +71,7 @@ class CudaStream:
         self.name = name
         self.handle = driver.create_stream()
         self.fault: DeviceFault | None = None
+        self.attempts = Attempts()
         self._driver = driver
         self._number = 0
         self._has_work = False
@@ -94,6 +106,11 @@ class CudaStream:
         except DeviceFault as fault:
             self.fail(fault)
         self._mark(ends_wait=True)
+
+    def delay(self, seconds: float) -> None:
+        if self.fault is None:
+            self.note_work()
+            self._driver.spin(seconds, self.handle)
 
     def fail(self, error: BaseException) -> None:
         """Issuing to this stream failed; the first failure counts."""

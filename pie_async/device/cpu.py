@@ -9,18 +9,20 @@ as it may be overwritten.
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import threading
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from queue import SimpleQueue
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 
 from pie_async.core.layout import KvLayout
 from pie_async.device.aliased_arena import AliasedArena
+from pie_async.device.attempts import Attempts, Mark, Tamper
+from pie_async.device.copy_runs import runs_of
+from pie_async.device.cpu_copies import CpuCopies
 from pie_async.device.cpu_pool import CpuPool
 from pie_async.device.protocol import Event, MemoryPlan, Pass, Span, chunk_slots_of
 from pie_async.errors import DeviceFault
@@ -31,13 +33,13 @@ from pie_async.messages import (
     RunIteration,
     SampledToken,
 )
+from pie_async.runtime.faults import CopyKind
 
 if TYPE_CHECKING:
     from pie_async.model.runner import ModelPass, ModelRunner
 
 Work = Callable[[], None]
 Listener = Callable[["CpuEvent"], None]
-Direction = Literal["in", "out"]
 """Of a copy, as the device sees it."""
 
 
@@ -48,6 +50,7 @@ class CpuEvent:
         "_gate",
         "_listeners",
         "_lock",
+        "attempts",
         "busy_s",
         "fault",
         "has_fired",
@@ -59,6 +62,7 @@ class CpuEvent:
         self.stream = stream
         self.busy_s = 0.0
         self.waited_s = 0.0
+        self.attempts: Mark = (0, 0)
         self.fault: BaseException | None = None
         self.has_fired = False
         # A bare lock, held until the event fires: a waiter passes through it. Half the cost of
@@ -70,6 +74,7 @@ class CpuEvent:
 
     def fire(self, *, busy_s: float, waited_s: float, fault: BaseException | None) -> None:
         self.busy_s, self.waited_s, self.fault = busy_s, waited_s, fault
+        self.attempts = self.stream.attempts.mark()
         with self._lock:
             self.has_fired = True
             listeners = self._listeners
@@ -100,6 +105,8 @@ class CpuStream:
 
     def __init__(self, name: str) -> None:
         self.name = name
+        self.attempts = Attempts()
+        """Counted on the stream's thread."""
         self._work: SimpleQueue[Work | None] = SimpleQueue()
         self._busy_s = 0.0
         self._waited_s = 0.0
@@ -127,6 +134,9 @@ class CpuStream:
                 self._busy_s += time.perf_counter() - began_s
 
         self._work.put(timed)
+
+    def delay(self, seconds: float) -> None:
+        self.put(partial(time.sleep, seconds))
 
     def record(self) -> CpuEvent:
         event = CpuEvent(self)
@@ -190,6 +200,7 @@ class CpuDevice:
         threads: int | None = None,
         poisons: bool = False,
         chunk_slots: int | None = None,
+        checks_copies: bool = False,
     ) -> None:
         """Set memory aside; pages are committed as they are used.
 
@@ -199,6 +210,7 @@ class CpuDevice:
             threads: that one torch operation of the compute stream uses; None: as torch chooses.
             poisons: overwrite staging buffers with NaN once they have been read.
             chunk_slots: by which the host pool's memory is given back; None: the usual.
+            checks_copies: compare checksums of what was copied with those of its source.
         """
         self.arena = AliasedArena(
             layout, device_slots=device_slots, staging_slots=host_slots, dtype=dtype
@@ -216,8 +228,14 @@ class CpuDevice:
         self.h2d = CpuStream("h2d")
         self.d2h = CpuStream("d2h")
         self._pool = CpuPool(layout, host_slots)
+        self._copies = CpuCopies(
+            self.arena,
+            self._pool,
+            layout,
+            link_bytes_per_s=link_bytes_per_s,
+            checks=checks_copies,
+        )
         self._pool_watcher: Callable[[int, str | None], None] | None = None
-        self._link_bytes_per_s = link_bytes_per_s
         self._threads = threads
         self._poisons = poisons
         self._runner: ModelRunner | None = None
@@ -284,56 +302,29 @@ class CpuDevice:
     # --- copies -----------------------------------------------------------------------------
 
     def stage(self, layers: range, runs: Sequence[CopyRun]) -> None:
-        self.h2d.put(partial(self._copy_runs, layers, runs, "in"))
+        self._copy(self.h2d, "stage", layers, runs)
 
     def write_back(self, layers: range, runs: Sequence[CopyRun]) -> None:
-        self.d2h.put(partial(self._copy_runs, layers, runs, "out"))
-
-    def _copy_runs(self, layers: range, runs: Sequence[CopyRun], direction: Direction) -> None:
-        slot_bytes = self.memory.layout.layer_block_bytes
-
-        def copy() -> None:
-            self._pool.require(max((run.host_slot + run.count for run in runs), default=0))
-            for layer in layers:
-                host, device = self._host_address(layer), self._device_address(layer)
-                for run in runs:
-                    pooled = host + run.host_slot * slot_bytes
-                    staged = device + run.device_slot * slot_bytes
-                    _copy(pooled, staged, run.count * slot_bytes, direction)
-
-        self._at_link_rate(copy, len(layers) * sum(run.count for run in runs) * slot_bytes)
+        self.d2h.put(partial(self._copies.write_back, layers, runs))
 
     def promote(self, moves: Sequence[BlockMove]) -> None:
-        num_bytes = len(moves) * self.memory.layout.block_bytes
-        self.h2d.put(lambda: self._at_link_rate(lambda: self._move(moves, "in"), num_bytes))
+        self._copy(self.h2d, "promote", range(self.memory.layout.num_layers), runs_of(moves))
 
     def demote(self, moves: Sequence[BlockMove]) -> None:
-        num_bytes = len(moves) * self.memory.layout.block_bytes
-        self.d2h.put(lambda: self._at_link_rate(lambda: self._move(moves, "out"), num_bytes))
+        self._copy(self.d2h, "demote", range(self.memory.layout.num_layers), runs_of(moves))
 
-    def _move(self, moves: Sequence[BlockMove], direction: Direction) -> None:
-        slot_bytes = self.memory.layout.layer_block_bytes
-        self._pool.require(max((move.host_slot + 1 for move in moves), default=0))
-        for layer in range(self.memory.layout.num_layers):
-            host, device = self._host_address(layer), self._device_address(layer)
-            for move in moves:
-                pooled = host + move.host_slot * slot_bytes
-                resident = device + move.device_slot * slot_bytes
-                _copy(pooled, resident, slot_bytes, direction)
+    def _copy(
+        self, stream: CpuStream, kind: CopyKind, layers: range, runs: Sequence[CopyRun]
+    ) -> None:
+        stream.put(partial(self._copies.copy, stream.attempts, kind, layers, runs))
 
-    def _at_link_rate(self, copy: Work, num_bytes: int) -> None:
-        began_s = time.perf_counter()
-        copy()
-        if self._link_bytes_per_s is not None:
-            rest_s = num_bytes / self._link_bytes_per_s - (time.perf_counter() - began_s)
-            if rest_s > 0:
-                time.sleep(rest_s)
+    @property
+    def tamper(self) -> Tamper | None:
+        return self._copies.tamper
 
-    def _host_address(self, layer: int) -> int:
-        return self._pool.address(layer)
-
-    def _device_address(self, layer: int) -> int:
-        return self.arena.layers[layer].data_ptr()
+    @tamper.setter
+    def tamper(self, tamper: Tamper | None) -> None:
+        self._copies.tamper = tamper
 
     # --- completions ------------------------------------------------------------------------
 
@@ -359,7 +350,8 @@ class CpuDevice:
 
     def span(self, first: Event, last: Event) -> Span:
         assert isinstance(first, CpuEvent) and isinstance(last, CpuEvent)
-        return Span(last.busy_s - first.busy_s, last.waited_s - first.waited_s)
+        attempts = first.stream.attempts.between(first.attempts, last.attempts)
+        return Span(last.busy_s - first.busy_s, last.waited_s - first.waited_s, *attempts)
 
     def watch_pool(self, grown: Callable[[int, str | None], None]) -> None:
         """All of the pool is there from the start."""
@@ -387,11 +379,3 @@ class CpuDevice:
         self._runner = None
         self.arena.layers.clear()
         self._pool.close()
-
-
-def _copy(pooled: int, on_device: int, num_bytes: int, direction: Direction) -> None:
-    """Between two addresses."""
-    if direction == "in":
-        ctypes.memmove(on_device, pooled, num_bytes)
-    else:
-        ctypes.memmove(pooled, on_device, num_bytes)

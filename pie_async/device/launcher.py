@@ -150,7 +150,7 @@ class Launcher:
         self._announce(
             last, staged, lambda: self._copy_result(staging_began, last, num_bytes, back_bytes)
         )
-        self._finish(began, forward, ran)
+        self._finish(began, forward, ran, staging=(staging_began, last))
 
     def _stage_group(self, layers: range, stage: StageIteration) -> Event:
         h2d = self._device.h2d
@@ -177,10 +177,18 @@ class Launcher:
             self._device.h2d.wait(self._written_back)
         self._device.promote(moves)
 
-    def _finish(self, began: Event, forward: Pass, ran: asyncio.Future[PassResult]) -> None:
+    def _finish(
+        self,
+        began: Event,
+        forward: Pass,
+        ran: asyncio.Future[PassResult],
+        *,
+        staging: tuple[Event, Event] | None = None,
+    ) -> None:
+        """`staging`: the events around the iteration's copies, which have fired before its last."""
         self._device.sample(forward)
         done = self._device.compute.record()
-        self._announce(done, ran, lambda: self._pass_result(began, done, forward))
+        self._announce(done, ran, lambda: self._pass_result(began, done, forward, staging))
 
     # --- completions ------------------------------------------------------------------------
 
@@ -209,13 +217,16 @@ class Launcher:
 
         self._device.notify(event, settle)
 
-    def _pass_result(self, began: Event, done: Event, forward: Pass) -> PassResult:
+    def _pass_result(
+        self, began: Event, done: Event, forward: Pass, staging: tuple[Event, Event] | None
+    ) -> PassResult:
         span = self._device.span(began, done)
         return PassResult(
             sampled=forward.sampled,
             prompt_logprobs=forward.prompt_logprobs,
             compute_s=span.busy_s,
             stall_s=span.waited_s,
+            unstaged=self._device.span(*staging).damaged if staging else (),
         )
 
     def _copy_result(
@@ -223,7 +234,11 @@ class Launcher:
     ) -> CopyResult:
         span = self._device.span(began, done)
         return CopyResult(
-            copied_bytes=num_bytes, busy_s=span.busy_s, written_back_bytes=written_back_bytes
+            copied_bytes=num_bytes,
+            busy_s=span.busy_s,
+            written_back_bytes=written_back_bytes,
+            failed_attempts=span.failed_attempts,
+            damaged=span.damaged,
         )
 
 

@@ -16,6 +16,8 @@ import msgspec
 
 from pie_async.config import MIB
 from pie_async.core.layout import KvLayout
+from pie_async.device.attempts import Tamper
+from pie_async.ids import HostSlot
 from pie_async.messages import (
     BlockMove,
     CopyRun,
@@ -62,6 +64,10 @@ class Span(msgspec.Struct, frozen=True):
     """Time spent working."""
     waited_s: float
     """Time spent waiting for events of other streams."""
+    failed_attempts: int = 0
+    """Attempts to copy that went wrong; all but the last of a copy were made again."""
+    damaged: tuple[HostSlot, ...] = ()
+    """Host slots whose copies, from or to them, went wrong for good."""
 
 
 class Event(Protocol):
@@ -89,6 +95,9 @@ class Stream(Protocol):
     def wait(self, event: Event) -> None:
         """Work issued from now on starts only after `event`, which is already recorded."""
 
+    def delay(self, seconds: float) -> None:
+        """Keep the stream busy for about so long: for plans of faults."""
+
 
 class Device(Protocol):
     """A device that runs a model over paged KV and copies blocks beside it.
@@ -96,8 +105,14 @@ class Device(Protocol):
     `begin_pass`, `run_layers` and `sample` work on the compute stream, `stage` and `promote` on
     h2d, `write_back` and `demote` on d2h. All of them return as soon as the work is issued, and are
     called on the launch thread only. Failures of issued work surface at the events recorded after
-    it.
+    it. A copy that went wrong and may be made again is no failure of the stream: it is made again,
+    a few times, and `span` tells of it.
+
+    Attributes:
+        tamper: what becomes of attempts to copy, if a plan of faults says so.
     """
+
+    tamper: Tamper | None
 
     @property
     def memory(self) -> MemoryPlan: ...
@@ -167,6 +182,8 @@ class PassResult(msgspec.Struct, frozen=True, kw_only=True):
     prompt_logprobs: tuple[PromptLogprobs, ...]
     compute_s: float
     stall_s: float
+    unstaged: tuple[HostSlot, ...] = ()
+    """Blocks that were not staged right: what rows that read them computed is worthless."""
 
 
 class CopyResult(msgspec.Struct, frozen=True, kw_only=True):
@@ -174,6 +191,9 @@ class CopyResult(msgspec.Struct, frozen=True, kw_only=True):
 
     copied_bytes: int
     busy_s: float
+    failed_attempts: int = 0
+    damaged: tuple[HostSlot, ...] = ()
+    """Blocks that were not copied right, by their host slots."""
     written_back_bytes: int = 0
     """Copied the other way, where KV is exchanged."""
 

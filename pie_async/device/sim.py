@@ -13,6 +13,8 @@ import itertools
 from collections.abc import Callable, Iterable, Sequence
 
 from pie_async.config import GIB
+from pie_async.device.attempts import Attempts, Outcome, Tamper
+from pie_async.device.copy_runs import host_slots_of
 from pie_async.device.cost_model import CostModel, Work
 from pie_async.device.happens_before import Clock
 from pie_async.device.protocol import Event, MemoryPlan, Pass, Span
@@ -28,6 +30,7 @@ from pie_async.messages import (
     RunIteration,
     SampledToken,
 )
+from pie_async.runtime.faults import CopyKind
 
 _EPSILON_S = 1e-9
 _PIN_S_PER_BYTE = 0.4 / GIB
@@ -40,7 +43,7 @@ Callback = Callable[[BaseException | None], None]
 class SimEvent:
     """A point in a stream's order, with its time."""
 
-    __slots__ = ("at_s", "busy_s", "clock", "failure", "stream", "waited_s")
+    __slots__ = ("at_s", "attempts", "busy_s", "clock", "failure", "stream", "waited_s")
 
     def __init__(self, stream: SimStream, clock: Clock) -> None:
         self.stream = stream
@@ -49,6 +52,7 @@ class SimEvent:
         self.busy_s = stream.busy_s
         self.waited_s = stream.waited_s
         self.failure = stream.failure
+        self.attempts = stream.attempts.mark()
 
     def __repr__(self) -> str:
         return f"<event of {self.stream.name} at {self.at_s:.9f} s>"
@@ -57,7 +61,7 @@ class SimEvent:
 class SimStream:
     """Work in order of issue, as the time at which it will all be done."""
 
-    __slots__ = ("busy_s", "failure", "free_at_s", "index", "name", "owner", "waited_s")
+    __slots__ = ("attempts", "busy_s", "failure", "free_at_s", "index", "name", "owner", "waited_s")
 
     def __init__(self, index: int, owner: SimDevice) -> None:
         self.index = index
@@ -67,6 +71,7 @@ class SimStream:
         self.busy_s = 0.0
         self.waited_s = 0.0
         self.failure: BaseException | None = None
+        self.attempts = Attempts()
 
     def record(self) -> SimEvent:
         """See `Stream`."""
@@ -96,6 +101,8 @@ class SimStream:
         """Issue work that takes this long."""
         self.busy_s += seconds
         self.free_at_s += seconds
+
+    delay = work
 
 
 class SimPass:
@@ -158,6 +165,7 @@ class SimDevice:
         is_order_checked: with `checked`, also require that events order every conflict,
             whether or not the timing happened to fit.
         end: how sequences end by themselves; never, unless told.
+        checks_copies: notice copies that arrive corrupted, as checksums would.
     """
 
     def __init__(
@@ -170,6 +178,7 @@ class SimDevice:
         end: EndOfSequence | None = None,
         checked: bool = False,
         is_order_checked: bool = True,
+        checks_copies: bool = False,
     ) -> None:
         if memory.layout.num_layers != cost.shape.num_layers:
             raise ConfigError(
@@ -196,6 +205,8 @@ class SimDevice:
         self.pool_slots = memory.host_slots
         """Of the host pool that have memory."""
         self._pool_watcher: Callable[[int, str | None], None] | None = None
+        self.tamper: Tamper | None = None
+        self._checks_copies = checks_copies
 
     @property
     def memory(self) -> MemoryPlan:
@@ -245,7 +256,8 @@ class SimDevice:
         assert isinstance(last, SimEvent)
         if first.stream is not last.stream:
             raise DeviceFault(f"there is no span from {first!r} to {last!r}: two streams")
-        return Span(last.busy_s - first.busy_s, last.waited_s - first.waited_s)
+        attempts = first.stream.attempts.between(first.attempts, last.attempts)
+        return Span(last.busy_s - first.busy_s, last.waited_s - first.waited_s, *attempts)
 
     def fail(self, stream: SimStream, failure: BaseException) -> None:
         """From now on this stream's events fail, and those of streams that wait for them."""
@@ -279,6 +291,7 @@ class SimDevice:
     def close(self) -> None:
         """See `Device`."""
         self._loop = None
+        self._announcements.clear()  # nobody is left to be told
 
     # --- work -------------------------------------------------------------------------------
 
@@ -304,12 +317,18 @@ class SimDevice:
         if runs is not self._staged[0]:
             self._require_pooled(run.host_slot + run.count for run in runs)
             self._measure_staging(runs)
+        copy_s = self.cost.copy_s(len(layers) * self._staged[1], len(runs)) if runs else 0.0
+        outcome: Outcome = "arrives"
+        if self.tamper is not None:
+            outcome = self._attempt(self._h2d, "stage", copy_s)
+            if outcome == "fails":
+                self._h2d.attempts.give_up(host_slots_of(runs))
+                copy_s = 0.0
         start_s = self._h2d.free_at_s
-        if runs:
-            self._h2d.work(self.cost.copy_s(len(layers) * self._staged[1], len(runs)))
+        self._h2d.work(copy_s)
         if self.checker is not None:
             for layer in layers:
-                self.checker.stage_layer(layer, runs, start_s, self._h2d.free_at_s)
+                self.checker.stage_layer(layer, runs, start_s, self._h2d.free_at_s, outcome)
 
     def write_back(self, layers: range, runs: Sequence[CopyRun]) -> None:
         """See `Device`. Reading what is copied slows the layers beside it; that the link is slower
@@ -339,8 +358,11 @@ class SimDevice:
         assert isinstance(forward, SimPass)
         self._compute.work(forward.head_s)
         rows = forward.command.rows
+        garbled = self.checker.damaged if self.checker is not None else frozenset()
         forward.set_results(
-            self.sampler.sample(rows), self.sampler.prompt_logprobs(rows), self._compute.free_at_s
+            self.sampler.sample(rows, garbled=garbled),
+            self.sampler.prompt_logprobs(rows),
+            self._compute.free_at_s,
         )
 
     def promote(self, moves: Sequence[BlockMove]) -> None:
@@ -405,11 +427,29 @@ class SimDevice:
             return
         self._require_pooled(move.host_slot + 1 for move in moves)
         layout = self._memory.layout
-        start_s = stream.free_at_s
         num_runs = len(moves) * len(layout.stacks)
-        stream.work(self.cost.copy_s(len(moves) * layout.block_bytes, num_runs))
+        copy_s = self.cost.copy_s(len(moves) * layout.block_bytes, num_runs)
+        outcome: Outcome = "arrives"
+        is_demotion = stream is self._d2h
+        if self.tamper is not None:
+            outcome = self._attempt(stream, "demote" if is_demotion else "promote", copy_s)
+            if outcome == "fails":
+                stream.attempts.give_up(move.host_slot for move in moves)
+                return
+        start_s = stream.free_at_s
+        stream.work(copy_s)
         if self.checker is not None:
-            self.checker.move(moves, start_s, stream.free_at_s, is_demotion=stream is self._d2h)
+            self.checker.move(moves, start_s, stream.free_at_s, outcome, is_demotion=is_demotion)
+
+    def _attempt(self, stream: SimStream, kind: CopyKind, copy_s: float) -> Outcome:
+        """Spend the time of a copy's failed attempts; how the last one ends."""
+        assert self.tamper is not None
+        for _ in stream.attempts.numbers():
+            outcome = self.tamper(kind)
+            if outcome == "arrives" or (outcome == "corrupted" and not self._checks_copies):
+                return outcome
+            stream.work(copy_s)
+        return "fails"
 
 
 def work_of(rows: Sequence[Row]) -> Work:

@@ -11,6 +11,7 @@ import msgspec
 import numpy as np
 
 from pie_async.core.layout import KvLayout
+from pie_async.device.attempts import Outcome
 from pie_async.device.happens_before import Locations
 from pie_async.device.protocol import MemoryPlan
 from pie_async.device.sim_memory import (
@@ -25,6 +26,9 @@ from pie_async.device.sim_memory import (
 from pie_async.errors import DeviceFault
 from pie_async.ids import IterationId, Lane, SequenceId
 from pie_async.messages import BlockMove, CopyRun, LaneBinding, Row, TableUpdate
+
+DAMAGED, _CORRUPTED = np.int64(-0x5AD), np.int64(1)
+"""The tag of what a copy that went wrong for good left behind; what corruption adds to a tag."""
 
 
 class FedRow(NamedTuple):
@@ -45,6 +49,8 @@ class _Expectation(msgspec.Struct):
     new_owners: Locations
     row_ends: list[int]
     """Where each row's reads end in `reads`."""
+    write_ends: list[int]
+    """Where its writes end in `writes`."""
 
 
 class CheckedPass(msgspec.Struct):
@@ -62,6 +68,11 @@ class KvChecker:
     tokens fed: a tool for tests. A block that holds other tokens than the sequence's own
     prefix is an error whatever its history; a sequence that starts behind position 0 adopts
     the prefix it finds, if that is one unbroken prefix.
+
+    Attributes:
+        damaged: sequences that read what a copy which went wrong for good left behind. The
+            engine is told of that and must begin them anew; until then they read and write
+            what they like, and sample wrong tokens.
     """
 
     def __init__(self, plan: MemoryPlan, *, is_order_checked: bool = True) -> None:
@@ -70,12 +81,14 @@ class KvChecker:
         self._lanes: dict[Lane, SequenceId] = {}
         self._tables: dict[Lane, list[int]] = {}
         self._prefixes: dict[SequenceId, list[int | None]] = {}
+        self.damaged: set[SequenceId] = set()
 
     # --- the compute stream -----------------------------------------------------------------
 
     def bind(self, binding: LaneBinding) -> None:
         self._lanes[binding.lane] = binding.sequence
         self._tables[binding.lane] = []
+        self.damaged.discard(binding.sequence)
 
     def update_table(self, update: TableUpdate) -> None:
         """Apply one table update.
@@ -110,7 +123,10 @@ class KvChecker:
             found = self.memory.read(operation, locations)
             tags = found - _layer_salt(layer)
             for at in np.flatnonzero(tags != expected.tags).tolist():
-                self._require_more(checked, operation, layer, at, int(tags[at]))
+                if tags[at] == DAMAGED:
+                    self._damage(checked, at)
+                else:
+                    self._require_more(checked, operation, layer, at, int(tags[at]))
             written = self.memory.device(expected.writes, layer)
             self.memory.write(
                 operation,
@@ -122,13 +138,24 @@ class KvChecker:
     # --- the copy streams -------------------------------------------------------------------
 
     def stage_layer(
-        self, layer: int, runs: Sequence[CopyRun], start_s: float, end_s: float
+        self,
+        layer: int,
+        runs: Sequence[CopyRun],
+        start_s: float,
+        end_s: float,
+        outcome: Outcome = "arrives",
     ) -> None:
         """Copy one layer of these runs; raises as `SimMemory.copy`."""
         operation = Operation(1, f"staging of layer {layer}", start_s, end_s)
         self.memory.begin(operation)
-        if runs:
-            self.memory.copy(operation, *self._ends(operation, layer, runs))
+        if not runs:
+            return
+        pooled, staged = self._ends(operation, layer, runs)
+        if outcome == "fails":
+            tags = np.full(len(staged), DAMAGED + _layer_salt(layer))
+            self.memory.write(operation, staged, tags, np.zeros_like(tags))
+        else:
+            self._copy(operation, pooled, staged, outcome)
 
     def write_layer_back(
         self, layer: int, runs: Sequence[CopyRun], start_s: float, end_s: float
@@ -151,8 +178,21 @@ class KvChecker:
                 raise CorruptKv(f"{operation.label} uses slot {slot}, which is no staging slot")
         return self.memory.host(host, layer), self.memory.device(device, layer)
 
+    def _copy(
+        self, operation: Operation, sources: Locations, destinations: Locations, outcome: Outcome
+    ) -> None:
+        self.memory.copy(operation, sources, destinations)
+        if outcome == "corrupted":
+            self.memory.spoil(destinations, _CORRUPTED)
+
     def move(
-        self, moves: Sequence[BlockMove], start_s: float, end_s: float, *, is_demotion: bool
+        self,
+        moves: Sequence[BlockMove],
+        start_s: float,
+        end_s: float,
+        outcome: Outcome = "arrives",
+        *,
+        is_demotion: bool,
     ) -> None:
         """Copy all layers of these blocks; raises as `SimMemory.copy`."""
         if not moves:
@@ -171,7 +211,7 @@ class KvChecker:
         device = np.concatenate([self.memory.device(device_slots, layer) for layer in layers])
         self.memory.begin(operation)
         sources, destinations = (device, host) if is_demotion else (host, device)
-        self.memory.copy(operation, sources, destinations)
+        self._copy(operation, sources, destinations, outcome)
 
     # --- what should be where ---------------------------------------------------------------
 
@@ -183,9 +223,20 @@ class KvChecker:
         new_tags: list[int | None] = []
         new_owners: list[int] = []
         row_ends: list[int] = []
+        write_ends: list[int] = []
         for fed in rows:
             row, end = fed.row, fed.row.start + len(fed.tokens)
             table = self._table(row, self._layout.blocks_for(end))
+            if self._is_new(row) and self._finds_damage(row, table):
+                self.damaged.add(row.sequence)
+            if row.sequence in self.damaged:
+                for block in range(row.start // block_tokens, self._layout.blocks_for(end)):
+                    writes.append(table[block])
+                    new_tags.append(int(DAMAGED))
+                    new_owners.append(0)
+                row_ends.append(len(reads))
+                write_ends.append(len(writes))
+                continue
             prefix = self._prefix(row, table)
             self._extend(fed, prefix)
             reads += table[: self._layout.blocks_for(row.start)]
@@ -199,6 +250,7 @@ class KvChecker:
                 new_tags.append(prefix[until - 1])
                 new_owners.append(pack_owner(row.sequence, 0, block, until - block * block_tokens))
             row_ends.append(len(reads))
+            write_ends.append(len(writes))
         return _Expectation(
             slots_array(reads),
             np.array(tags, np.int64),
@@ -206,6 +258,7 @@ class KvChecker:
             np.array(new_tags, np.int64),
             slots_array(new_owners),
             row_ends,
+            write_ends,
         )
 
     def _table(self, row: Row, needed: int) -> list[int]:
@@ -221,6 +274,18 @@ class KvChecker:
                 f"{row.lane} has {len(table)}"
             )
         return table
+
+    def _is_new(self, row: Row) -> bool:
+        """Whether it starts on a prefix that others computed."""
+        return row.start > 0 and not self._prefixes.get(row.sequence)
+
+    def _finds_damage(self, row: Row, table: list[int]) -> bool:
+        """Whether staging has just failed for a block that it starts on, which the engine knows."""
+        staged = [
+            s for s in table[: row.start // self._layout.block_tokens] if self.memory.is_staging(s)
+        ]
+        locations = self.memory.device(slots_array(staged), 0).tolist()
+        return any(self.memory.tag(location) == DAMAGED for location in locations)
 
     def _prefix(self, row: Row, table: list[int]) -> list[int | None]:
         """The prefix hashes of a sequence, adopted from the blocks it was given if it is new."""
@@ -272,6 +337,15 @@ class KvChecker:
                 f"sequence {row.sequence} writes block {block} in staging slot {slot}; "
                 "only sealed blocks may be streamed"
             )
+
+    def _damage(self, checked: CheckedPass, at: int) -> None:
+        """The row of this read has read what is known to be wrong: so is what it writes."""
+        expected = checked.expectation
+        assert expected is not None
+        index = bisect_right(expected.row_ends, at)
+        first = expected.write_ends[index - 1] if index else 0
+        expected.new_tags[first : expected.write_ends[index]] = DAMAGED
+        self.damaged.add(checked.rows[index].row.sequence)
 
     def _require_more(
         self, checked: CheckedPass, operation: Operation, layer: int, at: int, found: int

@@ -215,6 +215,10 @@ class SimMemory:
             )
         self.write(operation, destinations, tags, self._owners[sources])
 
+    def spoil(self, locations: Locations, by: np.int64) -> None:
+        """What was just written there is another thing than it should be."""
+        self._tags[locations] += by
+
     # --- order ------------------------------------------------------------------------------
 
     def record(self, stream: int) -> Clock:

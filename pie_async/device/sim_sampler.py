@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
+import msgspec
+
 from pie_async.errors import DeviceFault
+from pie_async.ids import SequenceId
 from pie_async.messages import LaneBinding, PromptLogprobs, Row, SampledToken
 
 _MASK = (1 << 64) - 1
@@ -76,9 +79,20 @@ class SimSampler:
             )
         return (token,)
 
-    def sample(self, rows: Sequence[Row]) -> tuple[SampledToken, ...]:
-        """The next token of every row that asks for one; raises DeviceFault as `last_token`."""
-        return tuple([self._sample_row(row) for row in rows if row.is_sampled])
+    def sample(
+        self, rows: Sequence[Row], *, garbled: Collection[SequenceId] = ()
+    ) -> tuple[SampledToken, ...]:
+        """The next token of every row that asks for one; raises DeviceFault as `last_token`.
+
+        Args:
+            garbled: sequences whose KV is known to be wrong: so are their tokens.
+        """
+        tokens = tuple([self._sample_row(row) for row in rows if row.is_sampled])
+        if garbled:
+            tokens = tuple(
+                self._wrong(each) if each.sequence in garbled else each for each in tokens
+            )
+        return tokens
 
     def prompt_logprobs(self, rows: Sequence[Row]) -> tuple[PromptLogprobs, ...]:
         """Made-up logprobs of the fed prompt tokens, where asked for."""
@@ -109,6 +123,9 @@ class SimSampler:
         if lane.num_logprobs is None:
             return SampledToken(row.sequence, token)
         return self._with_logprobs(row, token, lane.num_logprobs)
+
+    def _wrong(self, right: SampledToken) -> SampledToken:
+        return msgspec.structs.replace(right, token=(right.token + 1) % self._vocab_size)
 
     def _next_free(self, token: int, stop_ids: frozenset[int]) -> int:
         """The next id that stops nothing; `token` itself if every id does."""

@@ -12,6 +12,7 @@ from pie_async.errors import (
     EngineStopped,
     InvalidRequest,
     Overloaded,
+    SequenceLost,
 )
 
 RETRY_AFTER_STOPPED_S = 5.0
@@ -118,6 +119,7 @@ _ROWS = (  # most specific first
     _Row(Overloaded, 429, "rate_limit_error", "engine_overloaded"),
     _Row(EngineStopped, 503, "server_error", "engine_stopped"),
     _Row(DeviceFault, 503, "server_error", "engine_stopped"),
+    _Row(SequenceLost, 503, "server_error", "sequence_lost"),
 )
 _INTERNAL = _Row(BaseException, 500, "server_error", "internal_error")
 

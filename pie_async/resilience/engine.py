@@ -28,7 +28,9 @@ from pie_async.resilience.journal import Journal
 from pie_async.resilience.policy import RestartPolicy
 from pie_async.resilience.replay import engine_params
 from pie_async.resilience.supervision import Supervision
+from pie_async.runtime.faults import FaultPlan
 from pie_async.sampling_params import SamplingParams
+from pie_async.wiring import arm
 
 
 class ResilientEngine:
@@ -42,6 +44,7 @@ class ResilientEngine:
     Args:
         config: how to set the engine up; or give the fields of `EngineConfig`.
         policy: when to start it again.
+        faults: what is to go wrong with it, for tests; see `pie_async.runtime.faults`.
 
     Raises:
         ConfigError: options that cannot work (on construction and in `start`).
@@ -52,6 +55,7 @@ class ResilientEngine:
         config: EngineConfig | None = None,
         *,
         policy: RestartPolicy | None = None,
+        faults: FaultPlan | None = None,
         **options: Any,
     ) -> None:
         if config is None:
@@ -70,7 +74,11 @@ class ResilientEngine:
             patience_s=config.reader_patience_s,
             changed=self._reading_changed,
         )
-        self._supervision = Supervision(config, policy, self._journal, on_news=self._readers.note)
+        if faults is not None:
+            arm(faults)  # refused here, not by a process that would start again and again
+        self._supervision = Supervision(
+            config, policy, self._journal, faults, on_news=self._readers.note
+        )
         self._tokenizer: Tokenizer | None = None
         self._is_draining = False
         self._dice = random.Random(config.seed)

@@ -14,6 +14,7 @@ from pie_async.config import EngineConfig
 from pie_async.errors import ConfigError, EngineStopped, PieError
 from pie_async.messages import Message
 from pie_async.resilience.wire import Failed, FromEngine, Start, Wire, WireError
+from pie_async.runtime.faults import FaultPlan
 from pie_async.runtime.watchdog import STUCK
 
 WORKER = (
@@ -41,7 +42,7 @@ class EngineProcess:
         """Messages that came."""
 
     @classmethod
-    async def spawn(cls, config: EngineConfig) -> EngineProcess:
+    async def spawn(cls, config: EngineConfig, faults: FaultPlan | None = None) -> EngineProcess:
         """Start one and tell it what to load."""
         ours, theirs = socket.socketpair()
         with theirs:
@@ -61,7 +62,7 @@ class EngineProcess:
                 raise
         reader, writer = await asyncio.open_connection(sock=ours)
         wire: Wire[FromEngine] = Wire(reader, writer, FromEngine)
-        wire.post(Start(config=config))
+        wire.post(Start(config=config, faults=faults))
         return cls(process, wire)
 
     @property

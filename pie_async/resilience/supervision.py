@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
+import signal
 from collections import deque
 from collections.abc import Callable
 
@@ -19,6 +21,7 @@ from pie_async.resilience.journal import Journal
 from pie_async.resilience.policy import RestartPolicy
 from pie_async.resilience.process import EngineProcess
 from pie_async.resilience.wire import Alive, Failed, FromEngine, Loading, Ready, Shortened
+from pie_async.runtime.faults import ApiKilled, FaultPlan, Faults
 
 _log = logging.getLogger(__name__)
 
@@ -31,6 +34,7 @@ class Supervision:
         config: EngineConfig,
         policy: RestartPolicy,
         journal: Journal,
+        faults: FaultPlan | None = None,
         *,
         on_news: Callable[[], None],
     ) -> None:
@@ -39,6 +43,8 @@ class Supervision:
         self._policy = policy
         self._journal = journal
         self._on_news = on_news
+        self._plan = None if faults is None else faults.without(ApiKilled)
+        self._faults = None if faults is None else Faults(faults.only(ApiKilled))
         self._process: EngineProcess | None = None
         self._model: ModelInfo | None = None
         self._watch: asyncio.Task[None] | None = None
@@ -165,7 +171,8 @@ class Supervision:
                 died_of = str(error)
 
     async def _load(self, progress: Progress) -> EngineProcess:
-        process = await EngineProcess.spawn(self._config)
+        plan = self._plan if self._plan and self.restarts < self._plan.lives else None
+        process = await EngineProcess.spawn(self._config, plan)
         alarm = asyncio.create_task(process.kill_when_silent(self._policy.silence_s))
         try:
             while not isinstance(message := await process.receive(), Ready):
@@ -201,6 +208,8 @@ class Supervision:
     def _take(self, message: FromEngine) -> None:
         match message:
             case SequencesAdvanced():
+                if self._faults is not None and self._faults.at(ApiKilled):
+                    os.kill(os.getpid(), signal.SIGKILL)
                 stopped = self._journal.take(message)
                 self._on_news()
                 if stopped and self._process is not None:

@@ -15,9 +15,11 @@ from pie_async.messages import AnyMessage, Cancel, ReadingChanged, SequencesAdva
 from pie_async.metrics import EngineStats
 from pie_async.model_info import ModelInfo
 from pie_async.request_stream import RequestStream
+from pie_async.runtime.faults import ApiKilled, FaultPlan, Faults
+from pie_async.runtime.faulty_actors import log_on_full_disk
 from pie_async.story import Story
 from pie_async.watching import watch_engine
-from pie_async.wiring import Actors
+from pie_async.wiring import Actors, arm
 
 _log = logging.getLogger(__name__)
 
@@ -50,6 +52,7 @@ class TokenEngine:
         *,
         advanced: Advanced,
         shorter: Callable[[int], None],
+        faults: Faults | None = None,
     ) -> None:
         loop = asyncio.get_running_loop()
         parts.device.start(loop)
@@ -58,8 +61,14 @@ class TokenEngine:
         self._config = config
         self._story = _Tap(loop.time, advanced)
         self._actors = Actors(
-            parts, config, self._story, on_finished=_no_streams, on_shorter=shorter
+            parts,
+            config,
+            self._story,
+            on_finished=_no_streams,
+            on_shorter=shorter,
+            faults=faults,
         )
+        self._faults = faults
 
     @classmethod
     async def load(
@@ -69,6 +78,7 @@ class TokenEngine:
         advanced: Advanced,
         shorter: Callable[[int], None],
         progress: Progress,
+        faults: FaultPlan | None = None,
     ) -> TokenEngine:
         """Load the model in a thread.
 
@@ -76,12 +86,16 @@ class TokenEngine:
             advanced: told what happened to sequences.
             shorter: told the most tokens of a sequence, should they get fewer.
             progress: called in that thread.
+            faults: what is to go wrong with it.
 
         Raises:
             ConfigError, ModelError: as `Engine.start`.
         """
-        parts = await asyncio.to_thread(assemble, config, progress=progress)
-        return cls(parts, config, advanced=advanced, shorter=shorter)
+        armed = None
+        if faults is not None:
+            armed = arm(faults, ApiKilled, why="it is for the server's process")
+        parts = await asyncio.to_thread(assemble, config, progress=progress, faults=armed)
+        return cls(parts, config, advanced=advanced, shorter=shorter, faults=armed)
 
     @property
     def model(self) -> ModelInfo:
@@ -111,6 +125,10 @@ class TokenEngine:
         Raises:
             EngineStopped: it failed.
         """
+        with log_on_full_disk(self._faults):
+            await self._run()
+
+    async def _run(self) -> None:
         watchdog = watch_engine(self._actors, self._config, self._story, stop=None)
         try:
             await self._actors.supervisor.run()

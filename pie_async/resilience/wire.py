@@ -17,6 +17,7 @@ from pie_async.errors import PieError
 from pie_async.messages import Cancel, Message, ReadingChanged, SequencesAdvanced, Submit
 from pie_async.metrics import EngineStats
 from pie_async.model_info import ModelInfo
+from pie_async.runtime.faults import FaultPlan
 
 MAX_FRAME_BYTES = 64 * 2**20
 """A longer one is a mistake: prompts have some bytes per token."""
@@ -32,6 +33,8 @@ class Start(Message, frozen=True, kw_only=True):
     """Command: load this; the first message of a connection."""
 
     config: EngineConfig
+    faults: FaultPlan | None = None
+    """What is to go wrong with it, for tests."""
 
 
 class Loading(Message, frozen=True, kw_only=True):

@@ -52,6 +52,7 @@ async def serve(connection: socket.socket) -> int:
             advanced=wire.post,
             shorter=lambda longest: wire.post(Shortened(max_model_len=longest)),
             progress=lambda done, total: _from_thread(loop, wire, Loading(done=done, total=total)),
+            faults=start.faults,
         )
     except PieError as error:
         await _say_failed(wire, error)

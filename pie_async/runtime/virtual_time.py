@@ -52,6 +52,10 @@ class VirtualTimeLoop(asyncio.SelectorEventLoop):
         """Virtual seconds since the loop was made."""
         return self._now_s
 
+    def jump(self, seconds: float) -> None:
+        """Be so much later at once: timers in between are all late."""
+        self._now_s += seconds
+
     @contextlib.contextmanager
     def holding_time(self) -> Iterator[None]:
         """Keep the clock still inside the block: something outside the loop will wake it."""

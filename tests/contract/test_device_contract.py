@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from dataclasses import replace
 
 import pytest
 from support.cpu_rig import cpu_rig
@@ -19,9 +20,11 @@ from support.device_scripts import (
     run_staged,
 )
 
+from pie_async.device.faulty import FaultyDevice
 from pie_async.device.protocol import Device, Event, Pass
 from pie_async.errors import DeviceFault
 from pie_async.messages import CopyRun, SampledToken, TableUpdate
+from pie_async.runtime.faults import FaultPlan, Faults
 
 PROMPT = tuple(range(10, 21))  # 11 tokens: two sealed blocks and a tail
 OTHER = tuple(range(30, 41))
@@ -36,6 +39,23 @@ async def sampled(device: Device, ran: tuple[Pass, Event]) -> SampledToken:
 
 async def ran(device: Device, command) -> SampledToken:
     return await sampled(device, await issue(device, lambda: run_resident(device, command)))
+
+
+async def copied(
+    device: Device, way: str, slots: tuple[int, ...], host_slots: tuple[int, ...]
+) -> tuple[int, tuple[int, ...]]:
+    """Promote or demote; failed attempts, and host slots that had no good one."""
+    stream = device.h2d if way == "promote" else device.d2h
+
+    def copy() -> tuple[Event, Event]:
+        began = stream.record()
+        getattr(device, way)(moves(slots, host_slots))
+        return began, stream.record()
+
+    began, done = await issue(device, copy)
+    await fired(device, done)
+    span = device.span(began, done)
+    return span.failed_attempts, span.damaged
 
 
 async def demoted(device: Device, slots: tuple[int, ...], host_slots: tuple[int, ...]) -> None:
@@ -301,6 +321,58 @@ class DeviceContract:
         await fired(device, await issue(device, promote))
         assert [rig.contents(slot) for slot in (20, 9)] == before
 
+    async def test_a_delay_keeps_a_stream_busy(self, device: Device):
+        def work() -> tuple[Event, Event]:
+            began = device.h2d.record()
+            device.h2d.delay(0.02)
+            return began, device.h2d.record()
+
+        began, done = await issue(device, work)
+        await fired(device, done)
+        assert device.span(began, done).busy_s == pytest.approx(0.02, rel=0.9)
+
+    async def test_a_copy_that_failed_is_made_again_and_counted(self, rig: Rig):
+        device = rig.device
+        await ran(device, prefill(0, PROMPT, (0, 1, 2)))
+        before = [rig.contents(slot) for slot in (0, 1)]
+        outcomes = iter(["fails", "arrives", "fails", "fails", "arrives"])
+        device.tamper = lambda kind: next(outcomes)
+        assert await copied(device, "demote", (0, 1), (3, 4)) == (1, ())
+        assert await copied(device, "promote", (20, 21), (3, 4)) == (2, ())
+        assert [rig.contents(slot) for slot in (20, 21)] == before
+
+    @pytest.mark.parametrize("way", ["promote", "demote"])
+    async def test_a_copy_that_failed_for_good_is_told_by_its_host_slots(self, rig: Rig, way: str):
+        device = rig.device
+        await ran(device, prefill(0, PROMPT, (0, 1, 2)))
+        await demoted(device, (0, 1), (3, 4))
+        kinds = []
+        device.tamper = lambda kind: kinds.append(kind) or "fails"
+        assert await copied(device, way, (0, 1), (3, 4)) == (3, (3, 4))
+        assert kinds == [way] * 3
+        device.tamper = None
+        assert await copied(device, way, (0, 1), (3, 4)) == (0, ()), "it is over and forgotten"
+
+    async def test_staging_that_failed_for_good_is_told_and_the_stream_goes_on(
+        self, device: Device
+    ):
+        await ran(device, prefill(0, PROMPT, (0, 1, 2)))
+        await demoted(device, (0, 1), (3, 4))
+        table, runs = in_staging(device, 2)
+        again = feed(0, len(PROMPT), (5,), tables=(table,), is_staged=True)
+        device.tamper = lambda kind: "fails"
+
+        def staged() -> tuple[Pass, Event, Event, Event]:
+            began = device.h2d.record()
+            forward, done = run_staged(device, again, runs)
+            return forward, done, began, device.h2d.record()
+
+        forward, done, began, last = await issue(device, staged)
+        await fired(device, done)
+        await fired(device, last)
+        assert len(forward.sampled) == 1
+        assert set(device.span(began, last).damaged) == {3, 4}
+
     async def test_close_ends_the_devices_threads(self, tmp_path):
         rig = self.build(tmp_path)
         before = set(threading.enumerate())
@@ -315,6 +387,15 @@ class DeviceContract:
 class TestSimDevice(DeviceContract):
     def build(self, tmp_path) -> Rig:
         return sim_rig()
+
+
+class TestFaultyDeviceWithoutFaults(DeviceContract):
+    """What a plan of faults is put around."""
+
+    def build(self, tmp_path) -> Rig:
+        rig = sim_rig()
+        device = FaultyDevice(rig.device, Faults(FaultPlan(faults=())))
+        return replace(rig, device=device)
 
 
 @pytest.mark.realtime

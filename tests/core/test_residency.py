@@ -117,6 +117,20 @@ def test_a_block_that_cannot_leave_says_so(reason, spoil):
     assert not residency.can_demote(block, is_streamed=False)
 
 
+def test_streamed_blocks_have_one_number_on_both_sides_while_the_ring_has_it():
+    """One that finds no slot of its number takes none that a block after it will want."""
+    residency = a_map(device=6, host=6, staging=4)
+    blocks = [a_block(residency) for _ in range(6)]
+    for block in blocks[:4]:  # parked ones fill the low end, as they do once they were streamed
+        demoted(residency, block, is_streamed=True)
+        residency.unstage(block)
+    demoted(residency, blocks[4], is_streamed=True)
+    assert (blocks[4].host_slot, blocks[4].staging_slot) == (4, 13)
+    residency.release(blocks[0], blocks[0].owners[0][0])
+    demoted(residency, blocks[5], is_streamed=True)
+    assert (blocks[5].host_slot, blocks[5].staging_slot) == (0, 10)
+
+
 def test_a_full_staging_ring_stops_streaming_but_not_parking():
     residency = a_map(staging=0)
     block = a_block(residency)

@@ -28,6 +28,10 @@ from tests.support.perfect_device import (
 SPARE_SLOTS = 3  # as assembly.longest_sequence leaves for a sequence alone
 
 
+FAILURES = st.sampled_from([0, 0, 0, 1, 3, 1000])
+"""Blocks of a command whose copies fail."""
+
+
 class ScheduleMachine(RuleBasedStateMachine):
     """Random mail to a scheduler over random small memories."""
 
@@ -85,21 +89,21 @@ class ScheduleMachine(RuleBasedStateMachine):
         self.device.plan_ahead()
 
     @precondition(lambda self: self.device.num_flying)
-    @rule()
-    def settle(self):
-        self.device.settle()
+    @rule(unstaged=FAILURES)
+    def settle(self, unstaged):
+        self.device.settle(unstaged=unstaged)
         self.device.plan_ahead()
 
     @precondition(lambda self: self.device.swap_outs)
-    @rule()
-    def swapped_out(self):
-        self.device.finish_swap_out()
+    @rule(failed=FAILURES)
+    def swapped_out(self, failed):
+        self.device.finish_swap_out(failed=failed)
         self.device.plan_ahead()
 
     @precondition(lambda self: self.device.swap_ins)
-    @rule()
-    def swapped_in(self):
-        self.device.finish_swap_in()
+    @rule(failed=FAILURES)
+    def swapped_in(self, failed):
+        self.device.finish_swap_in(failed=failed)
         self.device.plan_ahead()
 
     @rule(limit=st.sampled_from([0, 0, 1, 2, 6, 1000]))
@@ -160,6 +164,10 @@ def test_long_random_histories_end_well(hundred: int):
             raise AssertionError(f"seed {seed}: {error}") from error
 
 
+def _failed(dice: random.Random, share: float) -> int:
+    return dice.choice([1, 3, 1000]) if dice.random() < share else 0
+
+
 def _random_history(dice: random.Random) -> None:
     history = _History(dice)
     happenings = [
@@ -170,10 +178,11 @@ def _random_history(dice: random.Random) -> None:
         history.go_on,
     ]
     device = history.device
+    fails = dice.choice([0.0, 0.0, 0.05, 0.5])
     completions = [
-        lambda: device.num_flying and device.settle(),
-        lambda: device.swap_outs and device.finish_swap_out(),
-        lambda: device.swap_ins and device.finish_swap_in(),
+        lambda: device.num_flying and device.settle(unstaged=_failed(dice, fails)),
+        lambda: device.swap_outs and device.finish_swap_out(failed=_failed(dice, fails)),
+        lambda: device.swap_ins and device.finish_swap_in(failed=_failed(dice, fails)),
     ]
     for _ in range(dice.choice([10, 40, 100])):
         weights = [3, 1, history.restlessness, 1, 2, 6, 4, 4]

@@ -18,12 +18,13 @@ from support.device_scripts import fired, issue, moves, prefill, run_resident
 from support.fake_cuda_driver import FakeDriver
 
 from pie_async.core.layout import KvLayout
-from pie_async.cuda.block_copy import runs_of, to_device, to_host
+from pie_async.cuda.block_copy import to_device, to_host
 from pie_async.cuda.errors import CudaFault
 from pie_async.cuda.host_arena import HostArena
 from pie_async.cuda.plain_runner import PlainRunner
 from pie_async.cuda.profiling import WIDEST
 from pie_async.cuda.vmm import DeviceArena
+from pie_async.device.copy_runs import runs_of
 from pie_async.errors import ConfigError, DeviceFault
 from pie_async.messages import CopyRun
 from pie_async.model.config import read_config

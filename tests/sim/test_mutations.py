@@ -34,6 +34,7 @@ from pie_async.messages import SwappedIn, SwappedOut
 from pie_async.metrics import EngineStats
 from pie_async.runtime.virtual_time import VirtualTimeLoop
 from pie_async.sampling_params import SamplingParams
+from pie_async.testing import check_returned
 from tests.support.ordering import (
     Conflicts,
     Dropped,
@@ -44,7 +45,7 @@ from tests.support.ordering import (
     record,
     replay,
 )
-from tests.support.soak import BLOCK_BYTES, assert_no_leak
+from tests.support.soak import BLOCK_BYTES
 
 BOTH_STORIES = (
     r"(compute|h2d|d2h): (iteration|staging|demotion|promotion) .* (reads|writes) "
@@ -111,7 +112,7 @@ def run(
                 for number in range(pressure.sequences):
                     group.create_task(ask(engine, number))
             await engine.drain()
-            assert_no_leak(engine)
+            check_returned(engine)
             return engine.stats(), trace
 
     with asyncio.Runner(loop_factory=VirtualTimeLoop) as runner:
@@ -285,8 +286,8 @@ def seal_at_once() -> AbstractContextManager[object]:
     """Blocks count as sealed as soon as the iteration that fills them is issued."""
     launch = _Batch.launch
 
-    def hasty(self) -> None:
-        launch(self)
+    def hasty(self, staged) -> None:
+        launch(self, staged)
         for seq in self._sequences:
             known = min(seq.num_launched, len(seq.tokens))
             seq.num_settled = max(seq.num_settled, known)

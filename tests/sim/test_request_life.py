@@ -13,7 +13,8 @@ from pie_async.engine import Engine
 from pie_async.errors import ContextTooLong, DeviceFault, EngineStopped, InvalidRequest, Overloaded
 from pie_async.messages import SwapIn, SwapOut
 from pie_async.sampling_params import SamplingParams
-from tests.support.soak import BLOCK_BYTES, BLOCK_TOKENS, assert_no_leak, keep_whole_story
+from pie_async.testing import check_returned
+from tests.support.soak import BLOCK_BYTES, BLOCK_TOKENS
 
 
 def small(device_blocks: int = 16, host_blocks: int = 64, **options) -> Engine:
@@ -63,7 +64,7 @@ async def test_a_sequence_many_times_larger_than_the_device_completes(times: int
         assert (stats.preemptions_parked, stats.preemptions_recomputed) == (0, 0)
         assert stats.demotions >= (times - 1) * device_blocks
         await engine.drain()
-        assert_no_leak(engine)
+        check_returned(engine)
     assert tokens == await alone(prompt(prompt_len), ask)
 
 
@@ -95,7 +96,7 @@ async def test_a_thousand_requests_pass_through():
         found = await asyncio.gather(*map(tokens_of, streams))
         assert [len(tokens) for tokens in found] == [8 + i % 24 for i in range(1000)]
         await engine.drain()
-        assert_no_leak(engine)
+        check_returned(engine)
 
 
 async def test_thousands_submitted_and_cancelled_in_one_turn_overfill_nothing():
@@ -225,7 +226,7 @@ async def test_a_request_can_be_cancelled_at_any_stage(stage, how: str):
         assert await engine.cancel("victim") is False
         found = await asyncio.gather(*reading)
         await engine.drain()
-        assert_no_leak(engine)
+        check_returned(engine)
         assert engine.stats().sequences_cancelled == 1
     assert found == [await alone(prompt(40, i), asks(100)) for i in range(2)]
 
@@ -364,7 +365,7 @@ async def test_closing_with_a_grace_period_lets_requests_finish_within_it():
 async def test_closing_while_copies_are_under_way_waits_for_them():
     engine = small(14, 64, streamed_blocks=0)
     await engine.start()
-    keep_whole_story(engine)
+    engine.story.keep_all()
     for i in range(3):
         await engine.submit(prompt(40, i), asks(100))
     await reach(lambda: engine._actors.scheduler._schedule.has_moves)

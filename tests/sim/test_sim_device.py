@@ -74,6 +74,17 @@ def streaming(iteration: int = 1, start: int = len(PROMPT)) -> tuple[RunIteratio
 # --- time -------------------------------------------------------------------------------------
 
 
+async def test_a_closed_device_announces_nothing_more():
+    device = sim_device()
+    device.start(asyncio.get_running_loop())
+    told: list[BaseException | None] = []
+    device.launch(lambda: device.demote(moves((0,), (0,))))
+    device.notify(device.d2h.record(), told.append)
+    device.close()
+    await asyncio.sleep(10)
+    assert told == []
+
+
 async def test_an_iteration_takes_what_the_cost_model_says():
     device = started()
     await run(device, prefill(0, PROMPT, (0, 1, 2)))

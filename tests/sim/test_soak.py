@@ -66,6 +66,6 @@ def test_a_failing_seed_names_the_command_that_replays_it(monkeypatch: pytest.Mo
     def leak(engine) -> None:
         raise AssertionError("blocks leaked")
 
-    monkeypatch.setattr(soak, "assert_no_leak", leak)
+    monkeypatch.setattr(soak, "check_returned", leak)
     with pytest.raises(soak.SoakFailed, match=r"scripts/soak\.py --seeds 5:6"):
         run(Scenario.of(5))

@@ -13,7 +13,21 @@ from typing import Any, Literal
 
 import msgspec
 
+from pie_async.errors import EngineStopped, PieError, SequenceLost
+from pie_async.runtime.faults import AnyFault
 from pie_async.sampling_params import SamplingParams
+from pie_async.testing import (
+    ActorRaises,
+    ClockJump,
+    CopyCorrupted,
+    CopyFailed,
+    CopySlow,
+    DeviceOutOfMemory,
+    KernelSlow,
+    LostContext,
+    MailDelayed,
+    StickyError,
+)
 from tests.support.soak import BLOCK_TOKENS, SPARE_BLOCKS, Scenario
 
 Manner = Literal["reads", "is slow", "cancels", "cancels by name", "vanishes", "never reads"]
@@ -68,6 +82,8 @@ class Chaos:
     closes_at_s: float | None
     """The engine is closed then, whatever runs."""
     drain_s: float
+    faults: tuple[AnyFault, ...]
+    """What goes wrong: copies, messages, and now and then an actor or the device."""
 
     @classmethod
     def of(cls, seed: int) -> Chaos:
@@ -100,7 +116,20 @@ class Chaos:
             copy_spread=dice.choice([1.0, 1.5, 10.0, 100.0]),
             closes_at_s=dice.random() * 0.2 if dice.random() < 0.15 else None,
             drain_s=dice.choice([0.0, 0.01, 10.0]),
+            faults=_faults(seed),
         )
+
+    @property
+    def may_lose(self) -> bool:
+        """Whether requests may end with an error, or the engine."""
+        harmless = CopySlow | KernelSlow | MailDelayed | ClockJump
+        return any(not isinstance(fault, harmless) for fault in self.faults)
+
+    def is_meant(self, error: PieError) -> bool:
+        """Whether what ended a request, or the engine, was planned."""
+        if isinstance(error, SequenceLost) or "in a row failed" in str(error):
+            return any(isinstance(fault, CopyFailed | CopyCorrupted) for fault in self.faults)
+        return isinstance(error, EngineStopped) and "(by a plan of faults)" in str(error)
 
     def dice(self, purpose: str) -> random.Random:
         """A source of randomness for one purpose, so that one more draw changes no other."""
@@ -113,6 +142,26 @@ def spread(dice: random.Random, most: float) -> float:
         return 1.0
     factor = math.exp(dice.uniform(-1.0, 1.0) * math.log(most))
     return factor * 100 if dice.random() < 0.001 else factor
+
+
+def _faults(seed: int) -> tuple[AnyFault, ...]:
+    """Each kind in some of the seeds; drawn by themselves, so that they change nothing else."""
+    dice = random.Random(f"faults {seed}")
+    faults: list[AnyFault] = []
+    for kind in (CopyFailed, CopyCorrupted):
+        if dice.random() < 0.3:
+            copies = dice.choice([(), (), ("stage",), ("promote",), ("demote",)])
+            often = dice.choice([0.01, 0.1, 0.3, 0.5])
+            faults.append(kind(probability=often, seed=seed, copies=copies))
+    for kind, most_s in ((CopySlow, 0.1), (KernelSlow, 0.1), (MailDelayed, 0.1), (ClockJump, 10.0)):
+        if dice.random() < 0.15:
+            seconds = dice.choice([1e-3, 0.1, 1.0]) * most_s
+            faults.append(kind(probability=0.01, seed=seed, seconds=seconds))
+    if dice.random() < 0.1:
+        kind = dice.choice([ActorRaises, ActorRaises, LostContext, StickyError, DeviceOutOfMemory])
+        most = 300 if kind is ActorRaises else 60
+        faults.append(kind(at=(dice.randrange(1, most),)))
+    return tuple(faults)
 
 
 def _pool(dice: random.Random, host_blocks: int) -> Pool:
@@ -169,6 +218,7 @@ def describe(chaos: Chaos) -> str:
             "copy_spread": chaos.copy_spread,
             "closes_at_s": chaos.closes_at_s,
             "drain_s": chaos.drain_s,
+            "faults": chaos.faults,
         }
     )
     clients = "\n".join(

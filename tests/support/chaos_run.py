@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 from unittest import mock
 
 import pie_async.engine
-from pie_async.assembly import Parts, assemble
+from pie_async.assembly import Parts, assemble, with_faults
 from pie_async.engine import Engine
 from pie_async.errors import EngineStopped, InvalidRequest, Overloaded, PieError
 from pie_async.metrics import EngineStats
 from pie_async.request_stream import RequestStream
-from pie_async.runtime.virtual_time import VirtualTimeLoop
+from pie_async.runtime.faults import FaultPlan, Faults
+from pie_async.testing import check_answered, check_returned, run_in_virtual_time
 from tests.support.chaos import Chaos, Client, describe, spread
-from tests.support.chaos_checks import Seen, check_outputs, check_returned
+from tests.support.chaos_checks import Seen, check_outputs
 from tests.support.chaos_world import delay_mail, vary_times, withhold_pool
-from tests.support.soak import BLOCK_BYTES, PATIENCE_S, keep_whole_story
+from tests.support.soak import BLOCK_BYTES, PATIENCE_S
 
 
 class ChaosFailed(AssertionError):
@@ -34,6 +35,8 @@ class Outcome:
     virtual_s: float = 0.0
     messages: int = 0
     stats: EngineStats = field(default_factory=EngineStats)
+    bites: dict[str, int] = field(default_factory=dict)
+    """How often each fault point bit."""
     endings: dict[str, int] = field(default_factory=dict)
     """How many outputs ended how: a finish reason, or the name of an error."""
     story: bytes = b""
@@ -56,17 +59,14 @@ def run(seed: int, *, change: Callable[[Engine], None] | None = None) -> Outcome
     """
     chaos = Chaos.of(seed)
     engine = _engine(chaos)
-    with asyncio.Runner(
-        loop_factory=partial(VirtualTimeLoop, order_seed=chaos.seed, deadlock_after_s=2.0)
-    ) as runner:
-        try:
-            return runner.run(_run(engine, chaos, change))
-        except (Exception, ExceptionGroup) as error:
-            last = engine.story.tell(last=12) if engine.story is not None else ""
-            raise ChaosFailed(
-                f"seed {seed}: {_first(error)!r}\nreplay it with: scripts/chaos --seed {seed}\n"
-                f"{describe(chaos)}\nwhat happened last:\n{last}"
-            ) from error
+    try:
+        return run_in_virtual_time(_run(engine, chaos, change), order_seed=chaos.seed)
+    except (Exception, ExceptionGroup) as error:
+        last = engine.story.tell(last=12) if engine.story is not None else ""
+        raise ChaosFailed(
+            f"seed {seed}: {_first(error)!r}\nreplay it with: scripts/chaos --seed {seed}\n"
+            f"{describe(chaos)}\nwhat happened last:\n{last}"
+        ) from error
 
 
 def _first(error: BaseException) -> BaseException:
@@ -80,6 +80,8 @@ def _engine(chaos: Chaos) -> Engine:
         device="sim",
         model="tiny",
         debug=True,
+        check_copies=True,
+        faults=FaultPlan(faults=chaos.faults),
         device_kv_bytes=chaos.device_blocks * BLOCK_BYTES,
         host_pool_bytes=chaos.host_blocks * BLOCK_BYTES,
         **chaos.options,
@@ -87,52 +89,68 @@ def _engine(chaos: Chaos) -> Engine:
 
 
 async def _run(engine: Engine, chaos: Chaos, change: Callable[[Engine], None] | None) -> Outcome:
-    loop = asyncio.get_running_loop()
-
-    def assemble_chaos(config: Any, *, progress: Any = None) -> Parts:
-        return withhold_pool(assemble(config, progress=progress), chaos.pool)
-
-    with mock.patch.object(pie_async.engine, "assemble", assemble_chaos):
-        await engine.start()
-    vary_times(engine, chaos, spread)
-    delay_mail(engine, chaos)
-    keep_whole_story(engine)
+    await _start(engine, chaos)
     if change is not None:
         change(engine)
-    outcome = Outcome()
     seen = [[Seen() for _ in range(client.params.n)] for client in chaos.clients]
     async with asyncio.timeout(PATIENCE_S):
-        async with asyncio.TaskGroup() as group:
-            for number, client in enumerate(chaos.clients):
-                group.create_task(_client(engine, number, client, seen[number]))
-            if chaos.closes_at_s is not None:
-                await asyncio.sleep(chaos.closes_at_s)
-                await engine.aclose(drain_s=chaos.drain_s)
-        if chaos.closes_at_s is None:
-            await engine.drain()
-    outcome.virtual_s = loop.time()
-    outcome.stats = engine.stats()
-    check_returned(engine)
-    await engine.aclose()
-    rest = asyncio.all_tasks() - {asyncio.current_task()}
-    assert not rest, f"tasks left: {rest}"
-    if engine._failure is not None:
-        raise engine._failure
+        await _serve(engine, chaos, seen)
+    outcome = Outcome(virtual_s=asyncio.get_running_loop().time(), stats=engine.stats())
+    await _check_end(engine, chaos)
     for client, outputs in zip(chaos.clients, seen, strict=True):
         check_outputs(engine, chaos, client, outputs)
         for output in outputs:
             outcome.endings[str(output.end)] = outcome.endings.get(str(output.end), 0) + 1
-    assert engine.story is not None
+    assert engine.story is not None and engine.faults is not None
+    outcome.bites = dict(engine.faults.bites)
     outcome.messages = len(engine.story)
     clients = repr([[(out.tokens, out.text, out.end) for out in outs] for outs in seen])
     outcome.story = engine.story.to_bytes() + clients.encode()
     return outcome
 
 
+async def _start(engine: Engine, chaos: Chaos) -> None:
+    def assemble_chaos(config: Any, *, progress: Any = None, faults: Faults) -> Parts:
+        return with_faults(withhold_pool(assemble(config, progress=progress), chaos.pool), faults)
+
+    with mock.patch.object(pie_async.engine, "assemble", assemble_chaos):
+        await engine.start()
+    vary_times(engine, chaos, spread)
+    delay_mail(engine, chaos)
+    assert engine.story is not None
+    engine.story.keep_all()
+
+
+async def _serve(engine: Engine, chaos: Chaos, seen: list[list[Seen]]) -> None:
+    """Until all clients are gone and the engine is idle, closed or, if that was drawn, dead."""
+    async with asyncio.TaskGroup() as group:
+        for number in range(len(chaos.clients)):
+            group.create_task(_client(engine, chaos, number, seen[number]))
+        if chaos.closes_at_s is not None:
+            await asyncio.sleep(chaos.closes_at_s)
+            await engine.aclose(drain_s=chaos.drain_s)
+    if chaos.closes_at_s is None and engine.is_running:
+        with contextlib.suppress(EngineStopped):  # `failure` says more
+            await engine.drain()
+
+
+async def _check_end(engine: Engine, chaos: Chaos) -> None:
+    if engine.failure is None:
+        check_returned(engine)
+        assert engine.story is not None
+        check_answered(engine.story)
+    await engine.aclose()
+    rest = asyncio.all_tasks() - {asyncio.current_task()}
+    assert not rest, f"tasks left: {rest}"
+    if engine.failure is not None and not chaos.is_meant(engine.failure):
+        raise engine.failure
+
+
 # --- clients ----------------------------------------------------------------------------------
 
 
-async def _client(engine: Engine, number: int, client: Client, seen: list[Seen]) -> None:
+async def _client(engine: Engine, chaos: Chaos, number: int, seen: list[Seen]) -> None:
+    client = chaos.clients[number]
     await asyncio.sleep(client.at_s)
     name = f"client-{number}"
     try:
@@ -144,7 +162,7 @@ async def _client(engine: Engine, number: int, client: Client, seen: list[Seen])
             cache_salt=client.cache_salt,
         )
     except (Overloaded, EngineStopped, InvalidRequest) as refusal:
-        if isinstance(refusal, EngineStopped) and engine._failure is not None:
+        if engine.failure is not None and not chaos.is_meant(engine.failure):
             raise
         for output in seen:
             output.end = type(refusal).__name__
@@ -153,7 +171,7 @@ async def _client(engine: Engine, number: int, client: Client, seen: list[Seen])
         return
     reading = asyncio.create_task(_read(stream, client, seen), name=name)
     if client.manner == "is slow" or client.manner == "reads":
-        await _ended(engine, reading, seen)
+        await _ended(chaos, reading, seen)
         return
     await asyncio.wait([reading], timeout=client.patience_s)
     if client.manner == "cancels":
@@ -166,7 +184,7 @@ async def _client(engine: Engine, number: int, client: Client, seen: list[Seen])
         await stream.aclose()
         if reading.cancelled():
             return
-    await _ended(engine, reading, seen)
+    await _ended(chaos, reading, seen)
 
 
 async def _read(stream: RequestStream, client: Client, seen: list[Seen]) -> None:
@@ -179,11 +197,11 @@ async def _read(stream: RequestStream, client: Client, seen: list[Seen]) -> None
             await asyncio.sleep(client.patience_s)
 
 
-async def _ended(engine: Engine, reading: asyncio.Task[None], seen: list[Seen]) -> None:
+async def _ended(chaos: Chaos, reading: asyncio.Task[None], seen: list[Seen]) -> None:
     try:
         await reading
     except PieError as error:
-        if engine._failure is not None or not isinstance(error, EngineStopped):
+        if not isinstance(error, EngineStopped) and not chaos.is_meant(error):
             raise
         for output in seen:
-            output.end = output.end or "EngineStopped"
+            output.end = output.end or type(error).__name__

@@ -6,8 +6,6 @@ From outside: actors, device and core know nothing of it.
 from __future__ import annotations
 
 import asyncio
-import contextlib
-from collections import deque
 from collections.abc import Callable
 from random import Random
 from typing import Any
@@ -18,54 +16,9 @@ from pie_async.assembly import Parts
 from pie_async.device.cost_model import CostModel, Work
 from pie_async.device.sim import SimDevice
 from pie_async.engine import Engine
-from pie_async.errors import MailboxClosed
-from pie_async.messages import (
-    IterationRan,
-    IterationStaged,
-    SetStreamedLimit,
-    SwappedIn,
-    SwappedOut,
-)
-from pie_async.runtime.mailbox import Mailbox
+from pie_async.runtime.late_mail import LateMail
+from pie_async.wiring import sender_of
 from tests.support.chaos import Chaos, Pool
-
-SENDERS = {
-    IterationRan: "compute",
-    IterationStaged: "swap_in",
-    SwappedIn: "swap_in",
-    SwappedOut: "swap_out",
-    SetStreamedLimit: "governor",
-}
-"""Who sends the scheduler what; everything else comes from one sender, or from callers."""
-
-
-class LateMail:
-    """Hands a mailbox its messages late: those of one sender in order, of several in any."""
-
-    def __init__(self, mailbox: Mailbox[Any], mean_s: float, dice: Random) -> None:
-        self._deliver = mailbox.post
-        self._mailbox = mailbox
-        self._mean_s = mean_s
-        self._dice = dice
-        self._under_way: dict[str, deque[Any]] = {}
-        self._last_s: dict[str, float] = {}
-
-    def post(self, message: Any) -> None:
-        """In place of `Mailbox.post`."""
-        if self._mailbox.is_closed:
-            raise MailboxClosed(f"the {self._mailbox.name} mailbox is closed")
-        loop = asyncio.get_running_loop()
-        sender = SENDERS.get(type(message), "")
-        at_s = loop.time() + self._dice.expovariate(1 / self._mean_s)
-        at_s = self._last_s[sender] = max(at_s, self._last_s.get(sender, 0.0))
-        under_way = self._under_way.setdefault(sender, deque())
-        under_way.append(message)
-        loop.call_at(at_s, self._arrive, under_way)
-
-    def _arrive(self, under_way: deque[Any]) -> None:
-        # Which of a sender's timers this is does not matter: its oldest message comes first.
-        with contextlib.suppress(MailboxClosed):  # the engine has ended
-            self._deliver(under_way.popleft())
 
 
 def delay_mail(engine: Engine, chaos: Chaos) -> None:
@@ -74,8 +27,12 @@ def delay_mail(engine: Engine, chaos: Chaos) -> None:
         return
     assert engine._actors is not None
     for actor in engine._actors.supervisor._actors:
-        late = LateMail(actor.mailbox, chaos.mail_delay_s, chaos.dice(f"mail to {actor.name}"))
-        actor.mailbox.post = late.post  # type: ignore[method-assign]
+        dice = chaos.dice(f"mail to {actor.name}")
+        LateMail(
+            actor.mailbox,
+            delay_s=lambda _, dice=dice: dice.expovariate(1 / chaos.mail_delay_s),
+            sender_of=sender_of,
+        )
 
 
 class UnevenCost:
@@ -104,6 +61,7 @@ class UnevenCost:
 def vary_times(engine: Engine, chaos: Chaos, spread: Callable[[Random, float], float]) -> None:
     """Kernels and copies of this engine take other times from now on."""
     device: Any = engine._loaded().device
+    device = getattr(device, "inner", device)
     kernels, copies = chaos.dice("kernels"), chaos.dice("copies")
     device.cost = UnevenCost(
         device.cost,

@@ -9,7 +9,6 @@ from typing import Any
 from pie_async import Engine, SamplingParams
 from pie_async.messages import RunIteration
 from pie_async.outputs import CompletionOutput, TokenLogprobs
-from support.soak import keep_whole_story
 
 Composition = tuple[tuple[int, int, int, bool], ...]
 """Of an iteration: (sequence, first position, tokens, whether one is sampled) of each row."""
@@ -43,7 +42,8 @@ async def run(
         return last.outputs[0]
 
     async with Engine(**options) as engine:
-        keep_whole_story(engine)
+        assert engine.story is not None
+        engine.story.keep_all()
         if least_blocks:
             await engine.fix_streaming(options["streamed_blocks"], least_blocks=least_blocks)
         streams = [await engine.submit(prompt, params) for prompt in prompts]

@@ -175,6 +175,9 @@ class FakeDriver:
 
         self.streams[stream].work.put(move)
 
+    def spin(self, seconds: float, stream: int) -> None:
+        self.streams[stream].work.put(lambda: time.sleep(seconds))
+
     def free_bytes(self) -> int:
         return self._free_bytes
 

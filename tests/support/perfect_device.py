@@ -14,12 +14,13 @@ from pie_async.core import invariants
 from pie_async.core.batching import IterationPlan, plan_iteration
 from pie_async.core.residency import ResidencyMap
 from pie_async.core.schedule import Launched, Schedule
-from pie_async.ids import IterationId, RequestId, SequenceId
+from pie_async.ids import HostSlot, IterationId, RequestId, SequenceId
 from pie_async.messages import Advance, BlockMove, SampledToken, Submit
 from pie_async.sampling_params import SamplingParams
 
 BLOCK_TOKENS = 4
 FIRST_STAGING_SLOT = 1000
+NONSENSE = -1
 
 
 def a_schedule(
@@ -82,6 +83,9 @@ class PerfectDevice:
         self._host: dict[int, int] = {}
         self._seeds: dict[int, int] = {}
         self._reads: dict[int, list[tuple[int, int]]] = {}
+        self._slots: dict[int, dict[int, tuple[int, ...]]] = {}
+        self._damaged: set[int] = set()
+        """Sequences that read what was lost, and have not begun anew."""
 
     # --- requests ---------------------------------------------------------------------------
 
@@ -149,40 +153,52 @@ class PerfectDevice:
     def num_flying(self) -> int:
         return len(self._flying)
 
-    def settle(self, tokens: dict[int, int] | None = None) -> None:
-        """The oldest iteration is over; `tokens` replace what sequences would have sampled."""
+    def settle(self, tokens: dict[int, int] | None = None, *, unstaged: int = 0) -> None:
+        """The oldest iteration is over.
+
+        Args:
+            tokens: replace what sequences would have sampled.
+            unstaged: of so many blocks the staging went wrong: their readers sampled nonsense.
+        """
         plan = self._flying.popleft()
         self._check_reads(plan)
+        lost = self._staged(plan)[:unstaged]
+        self._damaged |= self._readers(plan, {slot for slot, _ in lost})
         sampled = []
         for row in plan.rows:
             if row.is_sampled:
                 position = row.start + row.num_tokens
                 token = (tokens or {}).get(row.sequence)
+                if row.sequence in self._damaged:
+                    token = NONSENSE
                 if token is None:
                     token = token_at(self._seeds[row.sequence], position)
                 sampled.append(SampledToken(row.sequence, token))
-        launched, advances = self.schedule.settle(plan.iteration, sampled)
+        host_slots = [HostSlot(slot) for _, slot in lost]
+        launched, advances = self.schedule.settle(plan.iteration, sampled, host_slots)
         self.launched.append(launched)
         self._take(advances)
 
-    def finish_swap_out(self) -> None:
-        """The oldest copies to the pool are complete."""
+    def finish_swap_out(self, *, failed: int = 0) -> None:
+        """The oldest copies to the pool are complete, but for the first `failed` of them."""
         moves = self.swap_outs.popleft()
-        for move in moves:
+        for move in moves[failed:]:
             held = self._device.get(move.device_slot)
             assert held == move.block, f"{move} copied while its source held block {held}"
             self._host[move.host_slot] = move.block
-        self.schedule.swapped_out([move.block for move in moves])
+        blocks = [move.block for move in moves]
+        self.schedule.swapped_out(blocks[failed:], blocks[:failed])
         invariants.check(self.schedule)
 
-    def finish_swap_in(self) -> None:
-        """The oldest copies from the pool are complete."""
+    def finish_swap_in(self, *, failed: int = 0) -> None:
+        """The oldest copies from the pool are complete, but for the first `failed` of them."""
         moves = self.swap_ins.popleft()
-        for move in moves:
+        for move in moves[failed:]:
             held = self._host.get(move.host_slot)
             assert held == move.block, f"{move} copied while its source held block {held}"
             self._device[move.device_slot] = move.block
-        self.schedule.swapped_in([move.block for move in moves])
+        blocks = [move.block for move in moves]
+        self._take(self.schedule.swapped_in(blocks[failed:], blocks[:failed]))
         invariants.check(self.schedule)
 
     def step(self) -> None:
@@ -236,6 +252,7 @@ class PerfectDevice:
     def _launch(self, plan: IterationPlan) -> None:
         self._flying.append(plan)
         for binding in plan.bindings:
+            self._damaged.discard(binding.sequence)
             self._lane_of[binding.lane] = binding.sequence
             self._tables[binding.lane] = []
         for update in plan.tables:
@@ -251,7 +268,25 @@ class PerfectDevice:
                 assert table[index] < FIRST_STAGING_SLOT, f"{row} writes into a staging slot"
                 self._device[table[index]] = seq.table[index].id
         self._reads[plan.iteration] = self._expected_reads(plan)
+        self._slots[plan.iteration] = {
+            row.sequence: tuple(self._tables[row.lane]) for row in plan.rows
+        }
         self._check_reads(plan)
+
+    def _staged(self, plan: IterationPlan) -> list[tuple[int, int]]:
+        """(staging slot, host slot) of all that the iteration stages."""
+        return [
+            (run.device_slot + i, run.host_slot + i) for run in plan.runs for i in range(run.count)
+        ]
+
+    def _readers(self, plan: IterationPlan, slots: set[int]) -> set[int]:
+        """Sequences that read one of these slots in an iteration."""
+        tables = self._slots[plan.iteration]
+        return {
+            row.sequence
+            for row in plan.rows
+            if slots.intersection(tables[row.sequence][: -(-row.start // BLOCK_TOKENS)])
+        }
 
     def _expected_reads(self, plan: IterationPlan) -> list[tuple[int, int]]:
         """(slot, block) pairs that the iteration reads, by the device's own block tables."""
@@ -266,9 +301,7 @@ class PerfectDevice:
 
     def _check_reads(self, plan: IterationPlan) -> None:
         """When an iteration starts and when it ends, all it reads must be where it expects."""
-        staged = {
-            run.device_slot + i: run.host_slot + i for run in plan.runs for i in range(run.count)
-        }
+        staged = dict(self._staged(plan))
         for slot, block in self._reads[plan.iteration]:
             if slot < FIRST_STAGING_SLOT:
                 held = self._device.get(slot)

@@ -8,13 +8,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pie_async.config import KIB
-from pie_async.core.invariants import check
 from pie_async.engine import Engine
 from pie_async.errors import PieError
 from pie_async.metrics import EngineStats
-from pie_async.runtime.virtual_time import VirtualTimeLoop
 from pie_async.sampling_params import SamplingParams
-from pie_async.story import Story
+from pie_async.testing import check_returned, run_in_virtual_time
 
 BLOCK_TOKENS = 16
 BLOCK_BYTES = 32 * KIB
@@ -120,16 +118,15 @@ def run(scenario: Scenario, *, everything_fits: bool = False, with_story: bool =
     Raises:
         SoakFailed: tokens are missing, blocks leaked, or it did not end.
     """
-    with asyncio.Runner(loop_factory=VirtualTimeLoop) as runner:
-        try:
-            return runner.run(_run(scenario, everything_fits, with_story))
-        except (AssertionError, PieError, RuntimeError, TimeoutError) as error:
-            raise SoakFailed(
-                f"seed {scenario.seed}: {type(error).__name__}: {error}\n"
-                f"replay it with: python scripts/soak.py --seeds {scenario.seed}:"
-                f"{scenario.seed + 1}\n{scenario.device_blocks} device blocks, "
-                f"{scenario.host_blocks} host blocks, {scenario.options}"
-            ) from error
+    try:
+        return run_in_virtual_time(_run(scenario, everything_fits, with_story))
+    except (AssertionError, PieError, RuntimeError, TimeoutError) as error:
+        raise SoakFailed(
+            f"seed {scenario.seed}: {type(error).__name__}: {error}\n"
+            f"replay it with: python scripts/soak.py --seeds {scenario.seed}:"
+            f"{scenario.seed + 1}\n{scenario.device_blocks} device blocks, "
+            f"{scenario.host_blocks} host blocks, {scenario.options}"
+        ) from error
 
 
 async def _run(scenario: Scenario, everything_fits: bool, with_story: bool) -> Outcome:
@@ -146,26 +143,18 @@ async def _run(scenario: Scenario, everything_fits: bool, with_story: bool) -> O
     )
     async with engine:
         if with_story:
-            keep_whole_story(engine)
+            assert engine.story is not None
+            engine.story.keep_all()
         async with asyncio.timeout(PATIENCE_S), asyncio.TaskGroup() as group:
             for number, load in enumerate(scenario.loads):
                 group.create_task(_read(engine, number, load, outcome))
         async with asyncio.timeout(PATIENCE_S):
             await engine.drain()
         outcome.stats = engine.stats()
-        assert_no_leak(engine)
+        check_returned(engine)
         if engine.story is not None:
             outcome.story = engine.story.to_bytes()
     return outcome
-
-
-def keep_whole_story(engine: Engine) -> None:
-    """Remember every message from now on, not only the last ones."""
-    actors = engine._actors
-    assert actors is not None
-    engine.story = Story(asyncio.get_running_loop().time, length=10**6)
-    for actor in actors.supervisor._actors:
-        actor._observer = engine.story.note
 
 
 async def _read(engine: Engine, number: int, load: Load, outcome: Outcome) -> None:
@@ -187,19 +176,6 @@ async def _read(engine: Engine, number: int, load: Load, outcome: Outcome) -> No
             assert reasons[index] == "length"
         else:
             assert reasons[index] in ("length", "abort")
-
-
-def assert_no_leak(engine: Engine) -> None:
-    """A drained engine holds no block but cached ones, no lane, and its books are right."""
-    stats = engine.stats()
-    held = (stats.resident_blocks, stats.streamed_blocks, stats.pooled_blocks, stats.parked_blocks)
-    assert held == (0, 0, 0, 0), f"blocks leaked: {stats}"
-    assert (stats.running, stats.waiting, stats.parked) == (0, 0, 0)
-    actors = engine._actors
-    assert actors is not None
-    schedule = actors.scheduler._schedule
-    check(schedule)
-    assert schedule.residency.free_device == schedule.residency.device.size
 
 
 def compare(scenario: Scenario) -> Outcome:
