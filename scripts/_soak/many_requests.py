@@ -16,7 +16,7 @@ from pie_async.errors import PieError
 from pie_async.metrics import EngineStats
 from pie_async.request_stream import RequestStream
 from pie_async.runtime.virtual_time import VirtualTimeLoop
-from tests.support.soak import assert_no_leak
+from pie_async.testing import check_returned
 
 AT_ONCE = 96
 CONFIG = EngineConfig(
@@ -85,7 +85,7 @@ async def _run(requests: int, seed: int) -> Outcome:
         stats, took_s = engine.stats(), loop.time()
         assert not engine._streams, f"{len(engine._streams)} streams are open"
         assert engine._admission.num_requests == engine._admission.num_tokens == 0
-        assert_no_leak(engine)
+        check_returned(engine)
         host_bytes = stats.host_blocks * stats.block_bytes
         assert host_bytes <= CHUNK_BYTES, f"{host_bytes} bytes of the host pool were kept"
         await engine.drain()

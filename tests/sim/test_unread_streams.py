@@ -7,7 +7,8 @@ import asyncio
 import pytest
 
 from pie_async import Engine, SamplingParams
-from tests.support.soak import BLOCK_BYTES, assert_no_leak
+from pie_async.testing import check_returned
+from tests.support.soak import BLOCK_BYTES
 
 PATIENCE_S = 0.01
 """Of the simulated model: some 130 tokens."""
@@ -87,7 +88,7 @@ async def test_unread_output_stops_and_goes_on_with_the_same_tokens(device_block
         stats = engine.stats()
         assert stats.pauses == n
         await engine.drain()
-        assert_no_leak(engine)
+        check_returned(engine)
 
 
 async def test_the_others_are_as_fast_as_without_the_one_that_does_not_read():
@@ -136,7 +137,7 @@ async def test_a_paused_request_can_be_ended_and_is_finished_by_a_drain(end):
         elif end == "drain":
             await engine.drain()
         if end != "close":
-            assert_no_leak(engine)
+            check_returned(engine)
     reasons = {}
     async for output in stream:
         reasons |= {choice.index: choice.finish_reason for choice in output.outputs}
