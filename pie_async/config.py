@@ -329,8 +329,8 @@ def check_gpu_memory(value: str | float) -> float:
         meant = value
     elif match := re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*%\s*", value):
         meant = float(match[1]) / 100
-    elif match := re.fullmatch(r"\s*\d+(?:\.\d+)?\s*", value):
-        meant = float(match[0])
+    elif match := re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*", value):
+        meant = float(match[1])
     else:
         try:
             meant = parse_size(value, option="gpu_memory")

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
-from typing import TypeGuard, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import TypeGuard
 
 import msgspec
 
@@ -17,12 +17,10 @@ Prompt = str | Sequence[int] | Sequence[ChatMessage]
 """A text, token ids, or a conversation of {"role": ..., "content": ...} messages."""
 
 INLINE_CHARS = 2048
-"""Longer prompts are tokenised in a thread, so that the loop never waits for them."""
+"""Longer texts are tokenised in a thread, so that the loop never waits for them."""
 MOST_CHARS_PER_TOKEN = 16
 """A prompt longer than this times the context cannot fit and is not even tokenised."""
 MAX_CACHE_SALT_CHARS = 256
-
-P = TypeVar("P")
 
 
 class Intake(msgspec.Struct, frozen=True):
@@ -32,30 +30,33 @@ class Intake(msgspec.Struct, frozen=True):
     model: ModelInfo
 
     async def tokenize(self, prompt: Prompt) -> list[int]:
-        """The token ids that a prompt becomes.
+        """The token ids that a prompt becomes; conversations and long texts in a thread.
 
         Raises:
             InvalidRequest, ContextTooLong: it is not a prompt, or could never fit.
         """
         if isinstance(prompt, str):
-            return await self._encode(len(prompt), self.tokenizer.encode, prompt)
+            if len(prompt) <= INLINE_CHARS:
+                return self._encode(prompt)
+            return await asyncio.to_thread(self._encode, prompt)
         _check_is_list(prompt)
         if not prompt:
             raise InvalidRequest("the prompt is empty", param="prompt")
-        if _are_integers(prompt):
-            return list(prompt)
-        messages = [part for part in prompt if isinstance(part, Mapping)]
-        if not messages:
-            return [part for part in prompt if not isinstance(part, Mapping)]
-        if len(messages) < len(prompt):
-            raise InvalidRequest("a prompt is all messages or all token ids", param="prompt")
-        _check_messages(messages)
-        num_chars = sum(len(message["content"]) for message in messages)
-        return await self._encode(num_chars, self.tokenizer.encode_chat, messages)
+        if isinstance(prompt[0], Mapping):
+            return await asyncio.to_thread(self._encode_chat, prompt)
+        self._check_count(len(prompt))
+        return list(prompt)  # type: ignore[arg-type]  # `check` looks at what is in it
 
-    async def _encode(
-        self, num_chars: int, encode: Callable[[P], list[int]], prompt: P
-    ) -> list[int]:
+    def _encode(self, text: str) -> list[int]:
+        self._check_chars(len(text))
+        return self.tokenizer.encode(text, most_tokens=self.model.max_model_len)
+
+    def _encode_chat(self, conversation: Sequence[object]) -> list[int]:
+        messages = _checked_messages(conversation)
+        self._check_chars(sum(len(message["content"]) for message in messages))
+        return self.tokenizer.encode_chat(messages, most_tokens=self.model.max_model_len)
+
+    def _check_chars(self, num_chars: int) -> None:
         most_chars = self.model.max_model_len * MOST_CHARS_PER_TOKEN
         if num_chars > most_chars:
             raise ContextTooLong(
@@ -63,9 +64,15 @@ class Intake(msgspec.Struct, frozen=True):
                 f"{self.model.max_model_len} tokens cannot hold more than {most_chars}",
                 param="prompt",
             )
-        if num_chars <= INLINE_CHARS:
-            return encode(prompt)
-        return await asyncio.to_thread(encode, prompt)
+
+    def _check_count(self, num_tokens: int) -> None:
+        longest = self.model.max_model_len
+        if num_tokens >= longest:
+            raise ContextTooLong(
+                f"the prompt has {num_tokens} tokens; this model and memory hold {longest} "
+                "with at least one of output",
+                param="prompt",
+            )
 
     def check(self, tokens: Sequence[int], params: SamplingParams) -> int:
         """Refuse what could not run; the most output tokens this request may have.
@@ -76,13 +83,8 @@ class Intake(msgspec.Struct, frozen=True):
         vocab_size, longest = self.model.vocab_size, self.model.max_model_len
         if not tokens:
             raise InvalidRequest("the prompt is empty", param="prompt")
+        self._check_count(len(tokens))
         room = longest - len(tokens)
-        if room < 1:
-            raise ContextTooLong(
-                f"the prompt has {len(tokens)} tokens; this model and memory hold {longest} "
-                "with at least one of output",
-                param="prompt",
-            )
         if not (_are_integers(tokens) and min(tokens) >= 0 and max(tokens) < vocab_size):
             _refuse_first_wrong(tokens, vocab_size)
         params.check_vocabulary(vocab_size)
@@ -137,10 +139,15 @@ def _check_is_list(prompt: object) -> None:
         )
 
 
-def _check_messages(messages: Sequence[ChatMessage]) -> None:
+def _checked_messages(messages: Sequence[object]) -> list[ChatMessage]:
+    checked: list[ChatMessage] = []
     for index, message in enumerate(messages):
+        if not isinstance(message, Mapping):
+            raise InvalidRequest("a prompt is all messages or all token ids", param="prompt")
         for key in ("role", "content"):
             if not isinstance(message.get(key), str):
                 raise InvalidRequest(
                     f"message {index} needs a text as its {key!r}", param=f"messages[{index}]"
                 )
+        checked.append(message)
+    return checked

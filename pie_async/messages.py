@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import msgspec
 
+from pie_async.errors import InvalidRequest
 from pie_async.ids import BlockId, DeviceSlot, HostSlot, IterationId, Lane, RequestId, SequenceId
 from pie_async.outputs import FinishReason
 from pie_async.sampling_params import SamplingParams
@@ -391,5 +392,9 @@ def decode(frame: bytes) -> AnyMessage:
     Raises:
         msgspec.DecodeError: not one of the messages of this module.
     """
-    message: AnyMessage = _decoder.decode(frame)
+    try:
+        message: AnyMessage = _decoder.decode(frame)
+    except (UnicodeDecodeError, RecursionError, InvalidRequest) as error:
+        # What msgspec lets through: bad text, deep nesting, and what fields check by themselves.
+        raise msgspec.DecodeError(str(error)) from error
     return message

@@ -17,6 +17,7 @@ from pie_async.messages import (
     CopyRun,
     IterationObserved,
     LaneBinding,
+    LimitCause,
     Message,
     PromptLogprobs,
     Row,
@@ -78,6 +79,7 @@ PARTS[LaneBinding] = st.builds(
 BY_NAME = {
     "sampling": SAMPLING,
     "reason": st.text(max_size=9),
+    "cause": st.sampled_from(get_args(LimitCause)),
     "rows": PARTS[Row],
     "bindings": PARTS[LaneBinding],
     "tables": PARTS[TableUpdate],
@@ -89,7 +91,6 @@ BY_NAME = {
     "is_staged": st.booleans(),
     "is_all": st.booleans(),
     "is_read": st.booleans(),
-    "cause": st.sampled_from(get_args(messages.LimitCause)),
     "longest": st.none() | INTS,
     "cache_salt": st.none() | st.text(max_size=8),
 }

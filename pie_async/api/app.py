@@ -9,12 +9,15 @@ from prometheus_client.aiohttp import make_aiohttp_handler
 
 from pie_async.api.auth import ApiKeys
 from pie_async.api.handlers import Handlers, Limits
+from pie_async.api.hosts import ANY_HOST, AllowedHosts
 from pie_async.api.in_flight import InFlight
 from pie_async.api.middlewares import (
     UNGUARDED_ROUTE,
     errors_as_json,
+    expect_body,
     name_response,
     require_api_key,
+    require_known_host,
 )
 from pie_async.api.prometheus import ServerMetrics
 from pie_async.openai.backend import Backend
@@ -29,8 +32,10 @@ def create_app(
     engine: Backend,
     *,
     served_model_name: str | None = None,
-    api_keys: Iterable[str] = (),
+    api_keys: ApiKeys | Iterable[str] = (),
+    allowed_hosts: AllowedHosts | None = None,
     max_body_bytes: int = DEFAULT_MAX_BODY_BYTES,
+    body_timeout_s: float = 60.0,
     keepalive_s: float = 10.0,
     stall_timeout_s: float = 60.0,
 ) -> web.Application:
@@ -44,7 +49,10 @@ def create_app(
     Args:
         served_model_name: what clients call the model; the engine's name for it if None.
         api_keys: if any, all routes but /health ask for one of them as a bearer token.
+        allowed_hosts: names that requests may be sent to; None: any, for whoever mounts or
+            forwards to this knows better.
         max_body_bytes: larger request bodies are refused with status 413.
+        body_timeout_s: how long a request's body may take.
         keepalive_s: longest silence of a stream before a comment is sent.
         stall_timeout_s: how long a client may take nothing of its stream before it is cut off.
     """
@@ -53,21 +61,32 @@ def create_app(
     service = OpenAIService(
         engine, served_model_name=served_model_name, keepalive_s=keepalive_s, sink=metrics
     )
-    limits = Limits(max_body_bytes=max_body_bytes, stall_timeout_s=stall_timeout_s)
+    limits = Limits(
+        max_body_bytes=max_body_bytes,
+        body_timeout_s=body_timeout_s,
+        stall_timeout_s=stall_timeout_s,
+    )
     handlers = Handlers(engine, service, in_flight, limits)
 
-    app = web.Application(middlewares=[errors_as_json(metrics), require_api_key(ApiKeys(api_keys))])
+    app = web.Application(
+        middlewares=[
+            errors_as_json(metrics),
+            require_known_host(allowed_hosts or AllowedHosts([ANY_HOST])),
+            require_api_key(ApiKeys.of(api_keys)),
+        ]
+    )
     app[IN_FLIGHT] = in_flight
     app.add_routes(
         [
-            web.post("/v1/chat/completions", handlers.chat),
-            web.post("/v1/completions", handlers.completion),
+            web.post("/v1/chat/completions", handlers.chat, expect_handler=expect_body),
+            web.post("/v1/completions", handlers.completion, expect_handler=expect_body),
             web.get("/v1/models", handlers.models),
             web.get("/v1/models/{model:.+}", handlers.model),
             web.get("/health", handlers.health, name=UNGUARDED_ROUTE),
             web.get("/ready", handlers.ready),
             web.get("/metrics", make_aiohttp_handler(metrics.registry)),
             web.get("/version", handlers.version),
+            web.get("/openapi.json", handlers.openapi),
         ]
     )
     app.on_response_prepare.append(name_response)

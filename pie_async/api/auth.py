@@ -24,6 +24,15 @@ class ApiKeys:
             raise ConfigError("an API key must not be empty", option="api_keys")
         self._digests = tuple(_digest(key) for key in keys)
 
+    @classmethod
+    def of(cls, keys: ApiKeys | Iterable[str]) -> ApiKeys:
+        """The same, or from keys in clear, which need not be kept."""
+        return keys if isinstance(keys, ApiKeys) else cls(keys)
+
+    def __bool__(self) -> bool:
+        """Whether any are asked for."""
+        return bool(self._digests)
+
     def check(self, authorization: str | None) -> None:
         """Pass the value of an Authorization header.
 

@@ -140,7 +140,7 @@ async def _check(answer: aiohttp.ClientResponse) -> None:
     if answer.status == 200:
         return
     text = await answer.text()
-    with contextlib.suppress(msgspec.DecodeError):
+    with contextlib.suppress(msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         text = _message(msgspec.json.decode(text))
     raise ServerError(f"the server answered {answer.status}: {text[:200]}")
 
@@ -160,5 +160,5 @@ def _named_failures(base: str) -> Iterator[None]:
         ) from error
     except (aiohttp.ClientError, OSError, TimeoutError) as error:
         raise ServerError(f"cannot talk to {base}: {error or type(error).__name__}") from error
-    except (msgspec.DecodeError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise ServerError(f"{base} does not answer as OpenAI's API does: {error}") from error

@@ -8,13 +8,15 @@ import msgspec
 from aiohttp import web
 
 import pie_async
-from pie_async.api.body import read_body
+from pie_async.api.body import BodyRoom, read_body
 from pie_async.api.in_flight import InFlight
 from pie_async.api.liveness import is_stuck
 from pie_async.api.sse import send_body, send_events
 from pie_async.errors import EngineStopped
 from pie_async.openai.answer import Answer
 from pie_async.openai.backend import Backend
+from pie_async.openai.openapi import openapi_document
+from pie_async.openai.responses import Health, Readiness, Version
 from pie_async.openai.service import OpenAIService
 
 
@@ -22,6 +24,8 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     """What one request may take of the server."""
 
     max_body_bytes: int
+    bodies: int = 64
+    """Room for so many of the largest bodies; smaller ones are more."""
     body_timeout_s: float = 60.0
     stall_timeout_s: float = 60.0
     """How long a client may take nothing of its stream."""
@@ -37,6 +41,7 @@ class Handlers:
         self._service = service
         self._in_flight = in_flight
         self._limits = limits
+        self._room = BodyRoom(limits.bodies * limits.max_body_bytes)
 
     async def chat(self, request: web.Request) -> web.StreamResponse:
         """POST /v1/chat/completions"""
@@ -56,7 +61,13 @@ class Handlers:
 
     async def version(self, _request: web.Request) -> web.Response:
         """GET /version"""
-        return _json({"version": pie_async.__version__})
+        return _json(Version(version=pie_async.__version__))
+
+    async def openapi(self, _request: web.Request) -> web.Response:
+        """GET /openapi.json"""
+        return web.Response(
+            body=openapi_document(pie_async.__version__), content_type="application/json"
+        )
 
     async def health(self, _request: web.Request) -> web.Response:
         """GET /health: liveness alone; a full or draining server is healthy."""
@@ -64,24 +75,27 @@ class Handlers:
             raise EngineStopped("the engine is not running")
         if is_stuck(self._backend.stats()):
             raise EngineStopped("the engine makes no progress")
-        return _json({"status": "ok"})
+        return _json(Health())
 
     async def ready(self, _request: web.Request) -> web.Response:
         """GET /ready: whether requests are admitted; not while draining or restarting."""
         if not self._backend.is_accepting or self._in_flight.is_draining:
             raise EngineStopped("the engine admits no requests now")
-        return _json({"status": "ready"})
+        return _json(Readiness())
 
     async def _answer(
         self, request: web.Request, accept: Callable[[bytes], Awaitable[Answer]]
     ) -> web.StreamResponse:
         with self._in_flight.admit():
-            body = await read_body(
-                request,
-                max_bytes=self._limits.max_body_bytes,
-                timeout_s=self._limits.body_timeout_s,
-            )
-            answer = await accept(body)
+            with self._room.share() as share:
+                body = await read_body(
+                    request,
+                    share,
+                    max_bytes=self._limits.max_body_bytes,
+                    timeout_s=self._limits.body_timeout_s,
+                )
+                answer = await accept(body)
+            del body
             try:
                 with self._in_flight.answering(answer):
                     return await self._send(request, answer)

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 from aiohttp import web
 
 from pie_async.api.auth import ApiKeys
+from pie_async.api.hosts import AllowedHosts
+from pie_async.api.listener import Connection
 from pie_async.api.prometheus import ServerMetrics
 from pie_async.openai.answer import log_failure
 from pie_async.openai.errors import ErrorDetail, ErrorReply, error_reply
@@ -43,14 +45,31 @@ def errors_as_json(metrics: ServerMetrics) -> Middleware:
 
     @web.middleware
     async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
+        connection = request.protocol
+        if isinstance(connection, Connection):
+            connection.begin()
         try:
             response = await handler(request)
         except web.HTTPException as error:
             response = _http_error(request, error)
         except Exception as error:  # the HTTP edge: nothing may reach the client unexplained
             response = _error_response(request, error)
+        finally:
+            if isinstance(connection, Connection):
+                connection.end()
         metrics.count_response(_route(request), response.status)
         return response
+
+    return middleware
+
+
+def require_known_host(hosts: AllowedHosts) -> Middleware:
+    """Guards every route against pages of other sites."""
+
+    @web.middleware
+    async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
+        hosts.check(request.headers.get("Host"), request.headers.get("Origin"))
+        return await handler(request)
 
     return middleware
 
@@ -65,6 +84,15 @@ def require_api_key(keys: ApiKeys) -> Middleware:
         return await handler(request)
 
     return middleware
+
+
+async def expect_body(request: web.Request) -> web.StreamResponse | None:
+    """An `expect_handler`: aiohttp's own, with its refusal in JSON."""
+    if request.headers.get("Expect", "").lower() != "100-continue":
+        return _http_error(request, web.HTTPExpectationFailed(text=""))
+    await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+    request.writer.output_size = 0  # it is no part of the answer
+    return None
 
 
 def _error_response(request: web.Request, error: Exception) -> web.Response:
@@ -85,6 +113,7 @@ def _http_error(request: web.Request, error: web.HTTPException) -> web.StreamRes
     messages = {
         404: f"there is nothing at {request.path[:200]}; the API is under /v1",
         405: f"{request.method} is not possible at {request.path[:200]}",
+        417: "the Expect header asks for something other than 100-continue",
     }
     detail = ErrorDetail(
         message=messages.get(error.status, error.reason),

@@ -8,19 +8,20 @@ import logging
 import signal
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from aiohttp import web
 
 from pie_async.api.app import DEFAULT_MAX_BODY_BYTES, IN_FLIGHT, create_app
+from pie_async.api.auth import ApiKeys
+from pie_async.api.hosts import AllowedHosts
 from pie_async.api.in_flight import InFlight
+from pie_async.api.listener import DEFAULT_MAX_CONNECTIONS, LimitedSite
 from pie_async.errors import ConfigError
 from pie_async.openai.backend import Backend
 
 _FLUSH_S = 5.0
 """After answers were ended: time for their last bytes to leave."""
-
-_BACKLOG = 1024
-"""Connections that wait to be accepted; the kernel resets further ones."""
 
 _log = logging.getLogger(__name__)
 
@@ -30,9 +31,12 @@ async def serve(
     host: str = "127.0.0.1",
     port: int = 8000,
     *,
+    uds: Path | None = None,
     served_model_name: str | None = None,
-    api_keys: Iterable[str] = (),
+    api_keys: ApiKeys | Iterable[str] = (),
+    allowed_hosts: Iterable[str] = (),
     max_body_bytes: int = DEFAULT_MAX_BODY_BYTES,
+    max_connections: int = DEFAULT_MAX_CONNECTIONS,
     shutdown_timeout_s: float = 30.0,
     on_ready: Callable[[str], None] | None = None,
 ) -> None:
@@ -43,16 +47,23 @@ async def serve(
     engine stays the caller's to close. Must run in the main thread, where signals arrive.
 
     Args:
+        uds: a path to listen at instead of host and port; only this user may connect there.
+        allowed_hosts: names, beside the machine's own, by which clients may call the server;
+            see `AllowedHosts`. With none given and API keys, or at a path, any name does: no web
+            page knows a key, or reaches a path.
+        max_connections: further ones are refused.
         on_ready: called with the server's URL once it accepts connections; port 0 picks a
             free port, which the URL tells.
 
     Raises:
         ConfigError: the host or port cannot be listened on.
     """
+    api_keys = ApiKeys.of(api_keys)
     app = create_app(
         engine,
         served_model_name=served_model_name,
         api_keys=api_keys,
+        allowed_hosts=_hosts(allowed_hosts, is_open=uds is None and not api_keys),
         max_body_bytes=max_body_bytes,
     )
     in_flight = app[IN_FLIGHT]
@@ -62,9 +73,10 @@ async def serve(
     with _stop_signals(in_flight) as stop:
         await runner.setup()
         try:
-            site = await _listen(runner, host, port)
+            site = LimitedSite(runner, host, port, uds=uds, max_connections=max_connections)
+            await _listen(site, host, port)
             if on_ready is not None:
-                on_ready(_url(runner))
+                on_ready(_url(runner) if uds is None else site.name)
             await stop.wait()
             await site.stop()
             await _finish(in_flight, timeout_s=shutdown_timeout_s)
@@ -72,8 +84,13 @@ async def serve(
             await runner.cleanup()
 
 
-async def _listen(runner: web.AppRunner, host: str, port: int) -> web.TCPSite:
-    site = web.TCPSite(runner, host, port, backlog=_BACKLOG)
+def _hosts(names: Iterable[str], *, is_open: bool) -> AllowedHosts | None:
+    if names := tuple(names):
+        return AllowedHosts(names)
+    return AllowedHosts.local() if is_open else None
+
+
+async def _listen(site: LimitedSite, host: str, port: int) -> None:
     try:
         await site.start()
     except OSError as error:
@@ -91,7 +108,6 @@ async def _listen(runner: web.AppRunner, host: str, port: int) -> web.TCPSite:
             "machine with --host",
             option="host",
         ) from error
-    return site
 
 
 @contextmanager

@@ -16,11 +16,16 @@ class ByteTokenizer:
     def __init__(self, vocab_size: int) -> None:
         self.vocab_size = vocab_size
 
-    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        del add_special_tokens  # there are none
+    def encode(
+        self, text: str, *, add_special_tokens: bool = True, most_tokens: int | None = None
+    ) -> list[int]:
+        del add_special_tokens, most_tokens  # there are none; counting costs as much as encoding
         return list(text.encode())
 
-    def encode_chat(self, messages: Sequence[ChatMessage]) -> list[int]:
+    def encode_chat(
+        self, messages: Sequence[ChatMessage], *, most_tokens: int | None = None
+    ) -> list[int]:
+        del most_tokens
         return self.encode("".join(f"{m['role']}: {m['content']}\n" for m in messages))
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:

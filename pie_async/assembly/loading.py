@@ -82,7 +82,14 @@ def _read_tokenizer(config: EngineConfig, path: Path | None, vocab_size: int) ->
         return ByteTokenizer(vocab_size)
     from pie_async.model.tokenizer import Tokenizer as ModelTokenizer
 
-    return ModelTokenizer.from_directory(path)
+    tokenizer = ModelTokenizer.from_directory(path)
+    if tokenizer.vocab_size > vocab_size:
+        raise ModelError(
+            f"{path / 'tokenizer.json'} has token ids up to {tokenizer.vocab_size - 1}, its "
+            f"config.json says vocab_size {vocab_size}; they belong to different models, or tokens "
+            "were added without enlarging the embedding"
+        )
+    return tokenizer
 
 
 def refuse_quantization(config: EngineConfig) -> None:

@@ -40,6 +40,11 @@ def serve(
         typer.Option(min=0, max=65535, envvar="PIE_PORT", show_envvar=False,
                      rich_help_panel=_PANEL, help="Port; 0 picks a free one."),
     ] = 8000,
+    uds: Annotated[
+        Path | None,
+        typer.Option(metavar="PATH", rich_help_panel=_PANEL,
+                     help="Listen at this Unix socket instead, for this user alone."),
+    ] = None,
     served_model_name: Annotated[
         str | None,
         typer.Option(metavar="NAME", rich_help_panel=_PANEL, help="What clients call the model."),
@@ -49,6 +54,18 @@ def serve(
         typer.Option(metavar="FILE", envvar="PIE_API_KEY_FILE", show_envvar=False,
                      rich_help_panel=_PANEL, help="Accept only these keys, one per line."),
     ] = None,
+    allowed_host: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", rich_help_panel=_PANEL,
+                     help="A name that clients may call the server by, .example.com for all below, "
+                          "* for any; may be repeated. Addresses always do; other names unless "
+                          "there are no API keys."),
+    ] = None,
+    max_connections: Annotated[
+        int,
+        typer.Option(min=1, metavar="N", rich_help_panel=_PANEL,
+                     help="Further connections are refused."),
+    ] = 4096,
     max_body: Annotated[
         str,
         typer.Option(parser=size, metavar="SIZE", rich_help_panel=_PANEL,
@@ -81,7 +98,9 @@ def serve(
     Stop it with Ctrl-C: what is being answered is finished first.
     """
     del model  # it is in the engine's configuration
-    keys = _read_keys(api_key_file)
+    from pie_async.api.auth import ApiKeys
+
+    keys = ApiKeys(_read_keys(api_key_file))  # in clear no longer than this takes
     plan_of_faults = _read_faults(faults, is_allowed=allow_faults)
     console = messages()
     plan = memory_plan(engine)
@@ -100,8 +119,11 @@ def serve(
                 running,
                 host,
                 port,
+                uds=uds,
                 served_model_name=served_model_name,
                 api_keys=keys,
+                allowed_hosts=allowed_host or (),
+                max_connections=max_connections,
                 max_body_bytes=int(max_body),
                 shutdown_timeout_s=shutdown_timeout,
                 on_ready=_announcer(served_model_name or running.model.name),
@@ -141,7 +163,8 @@ async def _apart(
 def _announcer(name: str) -> Callable[[str], None]:
     def announce(url: str) -> None:
         # scripts wait for this line on standard output
-        typer.echo(f"serving {name} at {url}/v1 (Ctrl-C stops)")
+        place = f"{url}/v1" if url.startswith("http") else url
+        typer.echo(f"serving {name} at {place} (Ctrl-C stops)")
 
     return announce
 

@@ -4,8 +4,9 @@ Templates are programs that come with a model. They run in minijinja, which cann
 Python objects, and with a fuel limit, so that one that loops ends in an error.
 
 Known differences from Jinja2: formatting a string with `%` is refused, and `str.title()` starts
-words at white space only. Memory has no limit of its own: a template that doubles a string again
-and again can still fill it, so templates come from the model's directory and never from a request.
+words at white space only. What fuel does not limit, memory and time inside of filters, the process
+limits that `ConfinedTemplate` renders in. Templates come from the model's directory, never from a
+request.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pie_async.config import MIB, format_size
 from pie_async.errors import ModelError, UnsupportedModel
 
 
@@ -100,6 +101,23 @@ class Fields:
         return value
 
 
+MOST_JSON_BYTES = 64 * MIB
+"""The index of a model in hundreds of files has 10 MiB."""
+
+
+def check_size(path: Path, most_bytes: int) -> None:
+    """Refuse a file that cannot be meant, before it is read.
+
+    Raises:
+        ModelError: naming the file and its size.
+        OSError: it is not there.
+    """
+    if (num_bytes := path.stat().st_size) > most_bytes:
+        raise ModelError(
+            f"{path} has {format_size(num_bytes)}; at most {format_size(most_bytes)} are read"
+        )
+
+
 def read_json_object(path: Path) -> dict[str, Any]:
     """The object in a JSON file.
 
@@ -107,6 +125,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
         ModelError: naming the file, when it is missing, unreadable or something else.
     """
     try:
+        check_size(path, MOST_JSON_BYTES)
         value = json.loads(path.read_bytes())
     except FileNotFoundError:
         raise ModelError(

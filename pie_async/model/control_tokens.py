@@ -54,11 +54,17 @@ class ControlTokens:
         return [span for token, span in spans if token in self._ids and span[0] < span[1]]
 
 
-def unused_characters(text: str) -> str:
-    """Two characters that occur nowhere in `text` and that no template looks for."""
-    private_use = (chr(code) for code in range(0xE000, 0xF900))
-    first, second, *_ = (char for char in private_use if char not in text)
-    return first + second
+_PRIVATE_USE = tuple(map(chr, range(0xE000, 0xF900)))
+
+
+def unused_characters(text: str) -> str | None:
+    """Two characters that occur nowhere in `text` and that no template looks for.
+
+    None if there are no such two: a text that holds thousands of private characters.
+    """
+    used = set(re.findall(f"[{_PRIVATE_USE[0]}-{_PRIVATE_USE[-1]}]", text))
+    free = [char for char in _PRIVATE_USE if char not in used]
+    return "".join(free[:2]) if len(free) >= 2 else None
 
 
 def split_marked(text: str, marks: str) -> list[tuple[str, bool]]:

@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pie_async.errors import InvalidRequest
-from pie_async.model.chat_template import ChatMessage, ChatTemplate
+from pie_async.errors import ContextTooLong, InvalidRequest
+from pie_async.model.chat_template import ChatMessage
+from pie_async.model.confined_template import ConfinedTemplate
 from pie_async.model.control_tokens import ControlTokens, split_marked, unused_characters
 from pie_async.model.detokenizer import (
     ByteDetokenizer,
@@ -30,6 +31,9 @@ if TYPE_CHECKING:
 __all__ = ["ChatMessage", "Detokenizer", "Tokenizer"]
 
 
+_PIECE_CHARS = 32 * 1024
+
+
 class Tokenizer:
     """A model's tokenizer and chat template.
 
@@ -49,7 +53,7 @@ class Tokenizer:
         *,
         eos_ids: tuple[int, ...] = (),
         bos_id: int | None = None,
-        chat_template: ChatTemplate | None = None,
+        chat_template: ConfinedTemplate | None = None,
     ) -> None:
         backend.no_truncation()
         backend.no_padding()
@@ -82,19 +86,42 @@ class Tokenizer:
     def has_chat_template(self) -> bool:
         return self._chat_template is not None
 
-    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+    def encode(
+        self, text: str, *, add_special_tokens: bool = True, most_tokens: int | None = None
+    ) -> list[int]:
         """Token ids of a prompt. Control tokens spelled out in it become control tokens.
 
         Args:
             add_special_tokens: whether what tokenizer.json adds (a begin-of-sequence token,
                 usually) is added.
+            most_tokens: stop early when it has many more, for then nobody wants them.
 
         Raises:
             InvalidRequest: the text contains lone surrogates.
+            ContextTooLong: it has many more than `most_tokens`.
         """
         _check_unicode(text, "prompt")
+        if most_tokens is not None and len(text) > most_tokens:
+            self._check_length(text, most_tokens)
         ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
         return ids
+
+    def _check_length(self, text: str, most_tokens: int) -> None:
+        """Count piece by piece, until it is too much.
+
+        Freeing the tokenizer's result holds the interpreter, 0.2 s for a million tokens, and
+        4 MiB take it ten seconds. Where pieces are cut a few tokens too many are counted.
+        """
+        num_tokens = 0
+        for first in range(0, len(text), _PIECE_CHARS):
+            piece = text[first : first + _PIECE_CHARS]
+            num_tokens += len(self._backend.encode(piece, add_special_tokens=False))
+            if num_tokens > most_tokens * 9 // 8 + _PIECE_CHARS // 16:
+                raise ContextTooLong(
+                    f"the prompt has more than {num_tokens * 8 // 9} tokens, at most {most_tokens} "
+                    "fit",
+                    param="prompt",
+                )
 
     def render_chat(
         self, messages: Sequence[ChatMessage], *, add_generation_prompt: bool = True
@@ -115,7 +142,11 @@ class Tokenizer:
         return self._chat_template.render(messages, add_generation_prompt=add_generation_prompt)
 
     def encode_chat(
-        self, messages: Sequence[ChatMessage], *, add_generation_prompt: bool = True
+        self,
+        messages: Sequence[ChatMessage],
+        *,
+        add_generation_prompt: bool = True,
+        most_tokens: int | None = None,
     ) -> list[int]:
         """Token ids of a conversation. Control tokens come from the template alone.
 
@@ -126,11 +157,20 @@ class Tokenizer:
         Raises:
             InvalidRequest: as `render_chat`; or a message spells a control token and the
                 template's outcome depends on that, so that it cannot be told apart.
+            ContextTooLong: as `encode`.
         """
         rendered = self.render_chat(messages, add_generation_prompt=add_generation_prompt)
         if not any(self._control.is_in(text) for text in _strings(messages)):
-            return self.encode(rendered, add_special_tokens=False)
+            return self.encode(rendered, add_special_tokens=False, most_tokens=most_tokens)
+        if most_tokens is not None and len(rendered) > most_tokens:
+            self._check_length(rendered, most_tokens)
         marks = unused_characters(rendered)
+        if marks is None:
+            raise InvalidRequest(
+                "a message spells one of the model's control tokens among too many characters for "
+                "private use to set it apart; remove it",
+                param="messages",
+            )
         marked = self.render_chat(
             _with_strings(messages, lambda text: self._control.mark(text, marks)),
             add_generation_prompt=add_generation_prompt,

@@ -9,8 +9,13 @@ from typing import Any
 import msgspec
 from tokenizers import Tokenizer as Backend
 
+from pie_async.config import MIB
 from pie_async.errors import ModelError
-from pie_async.model.chat_template import ChatTemplate
+from pie_async.model.config_fields import MOST_JSON_BYTES, check_size
+from pie_async.model.confined_template import ConfinedTemplate
+
+_MOST_TOKENIZER_BYTES = 256 * MIB
+"""The largest in use have 40 MiB."""
 
 
 def read_backend(path: Path) -> Backend:
@@ -19,6 +24,7 @@ def read_backend(path: Path) -> Backend:
             f"{path} is missing; a model needs it (a tokenizer.model alone can be converted "
             "with transformers' AutoTokenizer and save_pretrained)"
         )
+    check_size(path, _MOST_TOKENIZER_BYTES)
     try:
         return Backend.from_file(str(path))
     except Exception as error:  # the library raises nothing more precise
@@ -29,9 +35,10 @@ def read_json(path: Path) -> dict[str, Any]:
     """The object in a file; {} if there is no such file."""
     if not path.is_file():
         return {}
+    check_size(path, MOST_JSON_BYTES)
     try:
         return msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ModelError(f"{path} is damaged: {error}") from error
 
 
@@ -61,23 +68,35 @@ def read_eos_ids(path: Path, backend: Backend, names: Mapping[str, str]) -> tupl
     return tuple(dict.fromkeys(ids))
 
 
+def _text(path: Path) -> str:
+    check_size(path, MOST_JSON_BYTES)
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not text in UTF-8"
+        raise ModelError(f"{path} cannot be read: {reason}") from error
+
+
 def read_chat_template(
     path: Path, config: Mapping[str, Any], names: Mapping[str, str]
-) -> ChatTemplate | None:
+) -> ConfinedTemplate | None:
     """From chat_template.jinja, chat_template.json or tokenizer_config.json, in this order."""
     source: Any
     if (file := path / "chat_template.jinja").is_file():
-        source = file.read_text(encoding="utf-8")
+        source = _text(file)
     elif (file := path / "chat_template.json").is_file():
         source = read_json(file).get("chat_template")
     else:
         file = path / "tokenizer_config.json"
         source = config.get("chat_template")
     if isinstance(source, list):
-        named = {entry.get("name"): entry.get("template") for entry in source}
+        try:
+            named = {str(entry["name"]): entry["template"] for entry in source}
+        except (TypeError, KeyError) as error:
+            raise ModelError(f"{file} lists chat templates without names or texts") from error
         source = named.get("default", next(iter(named.values()), None))
     if source is None:
         return None
     if not isinstance(source, str):
         raise ModelError(f"the chat template in {file} must be text")
-    return ChatTemplate(source, names, path=file)
+    return ConfinedTemplate(source, names, path=file)

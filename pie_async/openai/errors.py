@@ -81,6 +81,10 @@ class WrongApiKey(InvalidRequest):
         )
 
 
+class HostNotAllowed(InvalidRequest):
+    """The request was sent to a name, or from a page, that this server does not answer."""
+
+
 class BodyTooLarge(InvalidRequest):
     """The request's body exceeds what the server reads."""
 
@@ -112,6 +116,7 @@ _BAD = "invalid_request_error"
 _ROWS = (  # most specific first
     _Row(ModelNotFound, 404, _BAD),
     _Row(WrongApiKey, 401, _BAD),
+    _Row(HostNotAllowed, 403, _BAD),
     _Row(BodyTooLarge, 413, _BAD),
     _Row(NotJson, 415, _BAD, "unsupported_media_type"),
     _Row(BodyTimeout, 408, _BAD, "body_timeout"),

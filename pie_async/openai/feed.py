@@ -102,7 +102,8 @@ class OutputFeed:
                 self.fail(EngineStopped("the engine cancelled the request"))
         elif (error := pump.exception()) is not None:
             self.fail(error)
-        self._wake()
+        if not self._unfinished:  # else there is nothing to tell, and it would look like silence
+            self._wake()
 
     async def _wait(self, silence_s: float) -> None:
         self._waiter = self._loop.create_future()

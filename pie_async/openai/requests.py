@@ -1,4 +1,4 @@
-"""Requests of the two generating endpoints: what they may hold, read from JSON.
+"""Requests of the two generating endpoints: what they may hold.
 
 Names and meanings are OpenAI's; fields marked "vLLM" are vLLM's additions. Whatever is wrong
 with a request raises `InvalidRequest` whose `param` names the field as the client spelled it.
@@ -6,23 +6,37 @@ with a request raises `InvalidRequest` whose `param` names the field as the clie
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from typing import Annotated, Generic, TypeVar
+from collections.abc import Mapping
+from typing import Annotated
 
 import msgspec
 
 from pie_async.errors import InvalidRequest
-from pie_async.openai.refused import REFUSED_FOR_CHAT, REFUSED_FOR_COMPLETIONS, RefusedFields
-from pie_async.sampling_params import MAX_TOP_LOGPROBS, SamplingParams, check_counts
+from pie_async.openai.conversation import MAX_MESSAGES, Message, read_conversation
+from pie_async.openai.json_errors import respelled
+from pie_async.openai.prompts import PromptField, read_prompts
+from pie_async.sampling_params import (
+    MAX_SEQUENCES_PER_REQUEST,
+    MAX_STOP_STRINGS,
+    MAX_TOP_LOGPROBS,
+    SamplingParams,
+    check_counts,
+)
 
 DEFAULT_COMPLETION_TOKENS = 16
-MAX_CHOICES = 2048
-"""Most prompts times `n` of one completions request."""
 
 Int32 = Annotated[int, msgspec.Meta(ge=-(2**31), le=2**31 - 1)]
 Int64 = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
+
+
+def _documented(**limits: float) -> msgspec.Meta:
+    """Limits as the OpenAPI document tells them; `SamplingParams` checks them, in its own words."""
+    return msgspec.Meta(extra_json_schema=dict(limits))
+
+
+Share = Annotated[float, _documented(minimum=0, maximum=1)]
+Penalty = Annotated[float, _documented(minimum=-2, maximum=2)]
+TopLogprobs = Annotated[Int32, _documented(minimum=0, maximum=MAX_TOP_LOGPROBS)]
 
 
 class StreamOptions(msgspec.Struct, frozen=True, kw_only=True):
@@ -35,22 +49,22 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
     """What both endpoints take. None everywhere means: not given, or null."""
 
     model: str | None = None
-    n: Int32 | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
+    n: Annotated[Int32, _documented(minimum=1, maximum=MAX_SEQUENCES_PER_REQUEST)] | None = None
+    temperature: Annotated[float, _documented(minimum=0, maximum=2)] | None = None
+    top_p: Annotated[float, _documented(exclusiveMinimum=0, maximum=1)] | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
     logit_bias: dict[str, float] | None = None
     seed: Int64 | None = None
-    stop: str | list[str] | None = None
-    max_tokens: Int32 | None = None
+    stop: str | Annotated[list[str], _documented(maxItems=MAX_STOP_STRINGS)] | None = None
+    max_tokens: Annotated[Int32, _documented(minimum=0)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     # vLLM
-    top_k: Int32 | None = None
-    min_p: float | None = None
-    repetition_penalty: float | None = None
-    min_tokens: Int32 | None = None
+    top_k: Annotated[Int32, _documented(minimum=-1)] | None = None
+    min_p: Share | None = None
+    repetition_penalty: Annotated[float, _documented(exclusiveMinimum=0)] | None = None
+    min_tokens: Annotated[Int32, _documented(minimum=0)] | None = None
     stop_token_ids: list[Int32] | None = None
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
@@ -61,6 +75,11 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def is_streamed(self) -> bool:
         return bool(self.stream)
+
+    @property
+    def has_default_limit(self) -> bool:
+        """Whether the limit on the output is ours and not the client's."""
+        return False
 
     @property
     def wants_usage_chunk(self) -> bool:
@@ -113,33 +132,16 @@ _SAME_NAME = (
 )
 
 
-class ContentPart(msgspec.Struct, frozen=True, kw_only=True):
-    """One part of a message's content; only text can be answered."""
-
-    type: str
-    text: str | None = None
-
-
-class Message(msgspec.Struct, frozen=True, kw_only=True):
-    """One turn of a conversation."""
-
-    role: str
-    content: str | list[ContentPart] | None = None
-    tool_calls: list[msgspec.Raw] | None = None
-
-
 class ChatRequest(GenerationRequest, frozen=True, kw_only=True):
     """Body of POST /v1/chat/completions."""
 
-    messages: list[Message]
-    max_completion_tokens: Int32 | None = None
+    messages: Annotated[list[Message], _documented(minItems=1, maxItems=MAX_MESSAGES)]
+    max_completion_tokens: Annotated[Int32, _documented(minimum=1)] | None = None
     logprobs: bool | None = None
-    top_logprobs: Int32 | None = None
+    top_logprobs: TopLogprobs | None = None
 
     def check(self) -> None:
         super().check()
-        if not self.messages:
-            raise InvalidRequest("messages must hold at least one message", param="messages")
         if self.top_logprobs is None:
             return
         if not self.logprobs:
@@ -167,23 +169,18 @@ class ChatRequest(GenerationRequest, frozen=True, kw_only=True):
                 logprobs=(self.top_logprobs or 0) if self.logprobs else None,
             )
 
-    def prompt(self) -> list[Mapping[str, str]]:
-        """The conversation as the chat template takes it: a role and a text per message.
-
-        Raises:
-            InvalidRequest: a role or a content that cannot be rendered, e.g.
-                `messages[2].content[0].type`.
-        """
-        return [_chat_message(message, index) for index, message in enumerate(self.messages)]
+    def prompts(self) -> list[list[Mapping[str, str]]]:
+        """The conversation, as the only prompt. Raises: see `read_conversation`."""
+        return [read_conversation(self.messages)]
 
 
 class CompletionRequest(GenerationRequest, frozen=True, kw_only=True):
     """Body of POST /v1/completions."""
 
-    prompt: str | list[int | str | list[int]]
+    prompt: PromptField
     best_of: Int32 | None = None
     echo: bool | None = None
-    logprobs: Int32 | None = None
+    logprobs: TopLogprobs | None = None
 
     def check(self) -> None:
         super().check()
@@ -192,96 +189,28 @@ class CompletionRequest(GenerationRequest, frozen=True, kw_only=True):
                 "best_of is not supported; leave it out and ask for n choices", param="best_of"
             )
 
+    @property
+    def has_default_limit(self) -> bool:
+        return self.max_tokens is None
+
+    @property
+    def is_scoring(self) -> bool:
+        """Nothing is to be generated."""
+        return bool(self.echo) and self.max_tokens == 0
+
     def sampling_params(self) -> SamplingParams:
         """Raises InvalidRequest naming the field."""
         max_tokens = DEFAULT_COMPLETION_TOKENS if self.max_tokens is None else self.max_tokens
         return msgspec.structs.replace(
             self.shared_params(),
-            max_tokens=max_tokens,
+            max_tokens=1 if self.is_scoring else max_tokens,
             logprobs=self.logprobs,
             prompt_logprobs=self.logprobs if self.echo else None,
         )
 
     def prompts(self) -> list[str] | list[list[int]]:
-        """One entry per prompt: texts or token ids.
-
-        Raises:
-            InvalidRequest: empty, mixed, or more than `MAX_CHOICES` choices in all.
-        """
-        if isinstance(self.prompt, str):
-            return [self.prompt]
-        prompts = _several_prompts(self.prompt)
-        if len(prompts) * (self.n or 1) > MAX_CHOICES:
-            raise InvalidRequest(
-                f"{len(prompts)} prompts with n={self.n or 1} are more than {MAX_CHOICES} choices; "
-                "send several requests",
-                param="prompt",
-            )
-        return prompts
-
-
-RequestT = TypeVar("RequestT", ChatRequest, CompletionRequest)
-
-
-class RequestReader(Generic[RequestT]):
-    """Reads one endpoint's bodies."""
-
-    def __init__(self, kind: type[RequestT], refused: RefusedFields) -> None:
-        self._decoder: msgspec.json.Decoder[RequestT] = msgspec.json.Decoder(kind)
-        self._refused = refused
-
-    def read(self, body: bytes) -> RequestT:
-        """The request that the body spells.
-
-        Raises:
-            InvalidRequest: not JSON, a wrong type, or a field that is not supported.
-        """
-        if not body.strip():
-            raise InvalidRequest("the body is empty; send a JSON object")
-        try:
-            request = self._decoder.decode(body)
-            self._refused.check(body)
-        except msgspec.ValidationError as error:
-            raise _wrong_type(str(error)) from error
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
-            raise InvalidRequest(f"the body is not JSON: {error}") from error
-        except RecursionError as error:
-            raise InvalidRequest("the body's JSON is nested too deeply") from error
-        request.check()
-        return request
-
-
-CHAT_READER = RequestReader(ChatRequest, REFUSED_FOR_CHAT)
-COMPLETION_READER = RequestReader(CompletionRequest, REFUSED_FOR_COMPLETIONS)
-
-
-@contextmanager
-def respelled(spelling: Mapping[str | None, str]) -> Iterator[None]:
-    """Within it, an `InvalidRequest` names the client's field instead of ours."""
-    try:
-        yield
-    except InvalidRequest as error:
-        named = spelling.get(error.param)
-        if named is not None and named != error.param:
-            if error.param is not None and (text := str(error)).startswith(f"{error.param} "):
-                error.args = (named + text.removeprefix(error.param),)
-            error.param = named
-        raise
-
-
-_AT_PATH = re.compile(r"^(?P<what>.*?)(?: - at `\$\.?(?P<path>.*)`)?$", re.DOTALL)
-_MISSING = re.compile(r"Object missing required field `(?P<name>\w+)`")
-
-
-def _wrong_type(text: str) -> InvalidRequest:
-    match = _AT_PATH.match(text)
-    what, path = (match["what"], match["path"]) if match else (text, None)
-    if missing := _MISSING.fullmatch(what):
-        param = f"{path}.{missing['name']}" if path else missing["name"]
-        return InvalidRequest(f"{param} is required", param=param)
-    if path is None:
-        return InvalidRequest(f"the body must be a JSON object: {what}")
-    return InvalidRequest(f"{path}: {what}", param=path)
+        """One entry per prompt: texts or token ids. Raises: see `read_prompts`."""
+        return read_prompts(self.prompt, n=self.n or 1)
 
 
 def _token_biases(biases: Mapping[str, float] | None) -> dict[int, float] | None:
@@ -294,61 +223,3 @@ def _token_biases(biases: Mapping[str, float] | None) -> dict[int, float] | None
                 param="logit_bias",
             )
     return {int(key): bias for key, bias in biases.items()}
-
-
-def _several_prompts(items: list[int | str | list[int]]) -> list[str] | list[list[int]]:
-    texts = [item for item in items if isinstance(item, str)]
-    tokens = [item for item in items if isinstance(item, int)]
-    token_lists = [item for item in items if isinstance(item, list)]
-    if not items or not all(token_lists):
-        raise InvalidRequest("prompt must not be an empty list", param="prompt")
-    if len(texts) == len(items):
-        return texts
-    if len(tokens) == len(items):
-        return [tokens]
-    if len(token_lists) == len(items):
-        return token_lists
-    raise InvalidRequest(
-        "prompt must be a text, a list of texts, a list of token ids or a list of lists of "
-        "token ids, not a mixture",
-        param="prompt",
-    )
-
-
-_ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
-"""OpenAI's "developer" takes the place of "system"; templates know only the latter."""
-
-
-def _chat_message(message: Message, index: int) -> dict[str, str]:
-    where = f"messages[{index}]"
-    role = _ROLES.get(message.role)
-    if role is None:
-        raise InvalidRequest(
-            f"{where}.role is {message.role[:40]!r}; it must be one of {', '.join(_ROLES)}",
-            param=f"{where}.role",
-        )
-    if message.tool_calls:
-        raise InvalidRequest(
-            f"{where}.tool_calls is not supported by this server; leave it out",
-            param=f"{where}.tool_calls",
-        )
-    if message.content is None:
-        raise InvalidRequest(f"{where}.content is required", param=f"{where}.content")
-    if isinstance(message.content, str):
-        return {"role": role, "content": message.content}
-    texts = [
-        _part_text(part, f"{where}.content[{number}]")
-        for number, part in enumerate(message.content)
-    ]
-    return {"role": role, "content": "\n".join(texts)}  # joined as vLLM joins them
-
-
-def _part_text(part: ContentPart, where: str) -> str:
-    if part.type != "text":
-        raise InvalidRequest(
-            f"{where}.type is {part.type[:40]!r}; only text content is supported",
-            param=f"{where}.type",
-        )
-    if part.text is None:
-        raise InvalidRequest(f"{where}.text is required", param=f"{where}.text")
-    return part.text

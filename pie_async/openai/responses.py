@@ -162,3 +162,24 @@ class ModelList(Response, frozen=True, kw_only=True):
 
     object: Literal["list"] = "list"
     data: list[ModelCard]
+
+
+# --- server -------------------------------------------------------------------------------
+
+
+class Health(Response, frozen=True, kw_only=True):
+    """Body of GET /health while the server is alive."""
+
+    status: Literal["ok"] = "ok"
+
+
+class Readiness(Response, frozen=True, kw_only=True):
+    """Body of GET /ready while requests are admitted."""
+
+    status: Literal["ready"] = "ready"
+
+
+class Version(Response, frozen=True, kw_only=True):
+    """Body of GET /version."""
+
+    version: str

@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import time
 import uuid
 from collections.abc import Sequence
 
+import msgspec
+
+from pie_async.errors import ContextTooLong
 from pie_async.openai.answer import Answer, Writer
 from pie_async.openai.backend import Backend, OutputStream, Prompt
 from pie_async.openai.chat import ChatWriter
 from pie_async.openai.completion import CompletionWriter
 from pie_async.openai.errors import ModelNotFound
 from pie_async.openai.feed import OutputFeed
+from pie_async.openai.json_errors import respelled
 from pie_async.openai.latency import LatencySink, NoLatencySink, RequestLatency
-from pie_async.openai.requests import (
-    CHAT_READER,
-    COMPLETION_READER,
-    ChatRequest,
-    CompletionRequest,
-    GenerationRequest,
-    respelled,
-)
+from pie_async.openai.reading import CHAT_READER, COMPLETION_READER
+from pie_async.openai.requests import GenerationRequest
 from pie_async.openai.responses import ModelCard, ModelList
+from pie_async.openai.scoring import PromptOnly
 from pie_async.openai.usage import UsageCounter
 from pie_async.sampling_params import SamplingParams
 
@@ -73,14 +73,13 @@ class OpenAIService:
                 was accepted.
         """
         started_at_s = asyncio.get_running_loop().time()
-        request = CHAT_READER.read(body)
+        request, prompts = await CHAT_READER.read(body)
         self._check_model(request.model)
         params = request.sampling_params()
-        messages = request.prompt()
         response_id = f"chatcmpl-{uuid.uuid4().hex}"
         spelling = {None: "messages", "prompt": "messages", "max_tokens": request.limit_field}
         with respelled(spelling):
-            streams = await self._submit(request, [messages], params, response_id)
+            streams = await self._submit(request, prompts, params, response_id)
         writer = ChatWriter(
             response_id=response_id,
             created=int(time.time()),
@@ -97,13 +96,14 @@ class OpenAIService:
         Raises: as `chat`.
         """
         started_at_s = asyncio.get_running_loop().time()
-        request = COMPLETION_READER.read(body)
+        request, prompts = await COMPLETION_READER.read(body)
         self._check_model(request.model)
         params = request.sampling_params()
-        prompts = request.prompts()
         response_id = f"cmpl-{uuid.uuid4().hex}"
         with respelled({None: "prompt"}):
             streams = await self._submit(request, prompts, params, response_id)
+        if request.is_scoring:
+            streams = list(map(PromptOnly, streams))
         writer = CompletionWriter(
             response_id=response_id,
             created=int(time.time()),
@@ -123,7 +123,7 @@ class OpenAIService:
 
     async def _submit(
         self,
-        request: ChatRequest | CompletionRequest,
+        request: GenerationRequest,
         prompts: Sequence[Prompt],
         params: SamplingParams,
         response_id: str,
@@ -131,28 +131,44 @@ class OpenAIService:
         streams: list[OutputStream] = []
         try:
             for index, prompt in enumerate(prompts):
-                stream = await self._backend.submit(
-                    prompt,
-                    params,
-                    request_id=response_id if len(prompts) == 1 else f"{response_id}-{index}",
-                    priority=request.priority or 0,
-                    cache_salt=request.cache_salt,
-                )
-                streams.append(stream)
+                if index:
+                    await asyncio.sleep(0)  # short prompts are tokenised on the loop
+                name = response_id if len(prompts) == 1 else f"{response_id}-{index}"
+                streams.append(await self._submit_one(request, prompt, params, name))
         except BaseException:
             _cancel(streams)
             raise
         return streams
 
+    async def _submit_one(
+        self, request: GenerationRequest, prompt: Prompt, params: SamplingParams, name: str
+    ) -> OutputStream:
+        submit = functools.partial(
+            self._backend.submit,
+            prompt,
+            request_id=name,
+            priority=request.priority or 0,
+            cache_salt=request.cache_salt,
+        )
+        try:
+            return await submit(params)
+        except ContextTooLong as error:
+            if error.param != "max_tokens" or not request.has_default_limit:
+                raise
+        # The client set no limit, and there is less room than the default: all there is, then.
+        return await submit(msgspec.structs.replace(params, max_tokens=None))
+
     async def _prompt_texts(
-        self, prompts: Sequence[str] | Sequence[list[int]], streams: Sequence[OutputStream]
+        self, prompts: Sequence[Prompt], streams: Sequence[OutputStream]
     ) -> list[str]:
         """Off the loop: decoding a long prompt takes milliseconds."""
         decode = self._backend.tokenizer.decode
         try:
             return [
-                prompt if isinstance(prompt, str) else await asyncio.to_thread(decode, prompt)
-                for prompt in prompts
+                prompt
+                if isinstance(prompt, str)
+                else await asyncio.to_thread(decode, stream.prompt_token_ids)
+                for prompt, stream in zip(prompts, streams, strict=True)
             ]
         except BaseException:
             _cancel(streams)

@@ -13,7 +13,7 @@ from typing import Any, Generic, TypeVar
 import msgspec
 
 from pie_async.config import EngineConfig
-from pie_async.errors import PieError
+from pie_async.errors import ConfigError, InvalidRequest, PieError
 from pie_async.messages import Cancel, Message, ReadingChanged, SequencesAdvanced, Submit
 from pie_async.metrics import EngineStats
 from pie_async.model_info import ModelInfo
@@ -27,6 +27,13 @@ FRAMES_PER_TURN = 32
 """After this many frames in a row the loop gets a turn."""
 
 _LENGTH_BYTES = 4
+_NO_MESSAGE = (
+    msgspec.DecodeError,
+    UnicodeDecodeError,
+    RecursionError,
+    InvalidRequest,  # of parameters and configurations, which check themselves
+    ConfigError,
+)
 
 
 class Start(Message, frozen=True, kw_only=True):
@@ -131,7 +138,7 @@ class Wire(Generic[M]):
             return self._decoder.decode(await self._reader.readexactly(length))
         except (asyncio.IncompleteReadError, ConnectionError):
             return None
-        except msgspec.DecodeError as error:
+        except _NO_MESSAGE as error:
             raise WireError(f"not a message: {error}") from error
 
     def close(self) -> None:

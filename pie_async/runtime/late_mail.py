@@ -52,6 +52,10 @@ class LateMail:
         loop.call_at(at_s, self._arrive, under_way)
 
     def _arrive(self, under_way: deque[Any]) -> None:
+        if len(self._mailbox) >= self._mailbox.capacity and not self._mailbox.is_closed:
+            # What was late comes all at once: no sender's doing. Its reader has its turn first.
+            asyncio.get_running_loop().call_soon(self._arrive, under_way)
+            return
         # Which of a sender's timers this is does not matter: its oldest message comes first.
         with contextlib.suppress(MailboxClosed):  # the engine has ended
             self._deliver(under_way.popleft())

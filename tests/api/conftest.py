@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack
@@ -26,7 +27,9 @@ class Server:
 
     async def post(self, path: str, body: object) -> tuple[int, dict]:
         """Status and JSON of a reply that is not streamed."""
-        async with self.http.post(path, json=body) as reply:
+        data = io.BytesIO(json.dumps(body).encode())
+        headers = {"Content-Type": "application/json"}
+        async with self.http.post(path, data=data, headers=headers) as reply:
             return reply.status, await reply.json()
 
     async def events(self, path: str, body: dict) -> list[str]:

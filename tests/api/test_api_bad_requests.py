@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import gzip
 import json
 
 import pytest
 
+from pie_async.api.body import BodyRoom
 from pie_async.errors import EngineStopped, Overloaded
 from tests.support.fake_engine import VOCAB_SIZE, FakeEngine
 
@@ -98,11 +100,16 @@ BAD_PARAMETERS = [
             [VOCAB_SIZE],
             [10**30],
             [1] * 256,
-            [1, "a"],
-            ["a", [1]],
             ["p"] * 10_000,
+            [[1]] * 10_000,
+            [1] * (2**19 + 1),
         )
     ],
+    (COMPLETIONS, {"prompt": [1, "a"]}, "prompt[1]"),
+    (COMPLETIONS, {"prompt": ["a", [1]]}, "prompt[1]"),
+    (COMPLETIONS, {"prompt": [[1], "a"]}, "prompt[1]"),
+    (COMPLETIONS, {"prompt": {"a": 1}}, "prompt"),
+    (COMPLETIONS, {"prompt": 7}, "prompt"),
     (COMPLETIONS, {"prompt": [1.5]}, "prompt[0]"),
     (COMPLETIONS, {"prompt": [["a"]]}, "prompt[0][0]"),
     (COMPLETIONS, completion(best_of=10**6), "best_of"),
@@ -278,6 +285,32 @@ async def test_bodies_over_the_limit_are_413(start) -> None:
             assert error["code"] == "body_too_large"
             assert "1000 bytes" in error["message"]
     await check_still_serves(server)
+
+
+@pytest.mark.realtime
+async def test_a_body_that_does_not_come_is_408(start) -> None:
+    server = await start(body_timeout_s=0.05)
+
+    async def slowly():
+        for _ in range(100):
+            yield b" "
+            await asyncio.sleep(0.02)
+
+    async with server.http.post(COMPLETIONS, data=slowly(), headers=JSON_TYPE) as reply:
+        assert reply.status == 408
+        assert check_error(await reply.json())["code"] == "body_timeout"
+    await check_still_serves(server)
+
+
+def test_bodies_beyond_the_room_for_all_are_refused_and_room_comes_back() -> None:
+    room = BodyRoom(1000)
+    with room.share() as first, room.share() as second:
+        first.add(900)
+        with pytest.raises(Overloaded):
+            second.add(200)
+        second.add(100)
+    with room.share() as alone:
+        alone.add(1000)
 
 
 @pytest.mark.realtime

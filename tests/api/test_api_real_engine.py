@@ -57,6 +57,40 @@ async def test_refusals_of_the_engine_name_the_clients_field(start, engine) -> N
         assert (status, error["param"], error["code"]) == (400, param, code)
 
 
+async def test_a_prompt_can_be_scored_without_generating(start, engine) -> None:
+    server = await start(engine)
+    body = {"prompt": [[1, 2, 3], [4, 5]], "echo": True, "logprobs": 1, "n": 1}
+    _, longer = await server.post("/v1/completions", {**body, "max_tokens": 1})
+    status, scored = await server.post("/v1/completions", {**body, "max_tokens": 0})
+    assert status == 200
+    assert scored["usage"]["completion_tokens"] == 0
+    for one, other in zip(scored["choices"], longer["choices"], strict=True):
+        assert one["finish_reason"] == "length"
+        tokens = one["logprobs"]["tokens"]
+        assert other["logprobs"]["tokens"][:-1] == tokens
+        assert other["text"].startswith(one["text"])
+        assert other["logprobs"]["token_logprobs"][:-1] == one["logprobs"]["token_logprobs"]
+    events = await server.events("/v1/completions", {**body, "max_tokens": 0})
+    streamed = [server.json(event)["choices"][0] for event in events[:-1]]
+    assert (
+        "".join(choice["text"] for choice in streamed if choice["index"] == 0)
+        == (scored["choices"][0]["text"])
+    )
+    status, _ = await server.post("/v1/completions", {"prompt": "a", "max_tokens": 0})
+    assert status == 400
+
+
+async def test_a_client_that_sets_no_limit_gets_what_room_there_is(start) -> None:
+    async with Engine(device="sim", debug=True, max_model_len=64) as engine:
+        server = await start(engine)
+        prompt = [1] * (engine.model.max_model_len - 3)
+        status, reply = await server.post("/v1/completions", {"prompt": prompt})
+        assert (status, reply["usage"]["completion_tokens"]) == (200, 3)
+        body = {"prompt": prompt, "max_tokens": 16}
+        status, reply = await server.post("/v1/completions", body)
+        assert (status, reply["error"]["param"]) == (400, "max_tokens")
+
+
 @pytest.mark.parametrize("is_streamed", [True, False])
 async def test_blocks_of_a_client_that_went_away_are_returned(start, engine, is_streamed) -> None:
     server = await start(engine)

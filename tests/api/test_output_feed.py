@@ -59,6 +59,15 @@ async def test_what_waits_for_a_client_is_bounded_and_the_rest_comes_when_it_rea
     await feed.aclose()
 
 
+async def test_the_end_of_one_stream_is_no_silence_of_the_others() -> None:
+    first, second = FakeEngine(reply="a"), FakeEngine(reply="b", hold_at=0)
+    feed = OutputFeed([await engine.submit("p", DELTA) for engine in (first, second)])
+    assert await feed.next_arrivals(silence_s=60)
+    asyncio.get_running_loop().call_later(5, second.gate.set)
+    assert [arrival.output.outputs[0].text for arrival in await feed.next_arrivals(silence_s=60)]
+    await feed.aclose()
+
+
 async def test_what_came_before_a_failure_is_returned_before_it_is_raised() -> None:
     feed = await open_feed(FakeEngine(reply="abc", fail_at=2))
     await asyncio.sleep(1)  # the stream has failed by now

@@ -1,6 +1,10 @@
 from __future__ import annotations
 
+import gc
+import os
 import re
+import resource
+import signal
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -11,6 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from pie_async.errors import InvalidRequest, ModelError
 from pie_async.model.chat_template import ChatTemplate
+from pie_async.model.confined_template import ConfinedTemplate
 from pie_async.model.tokenizer import Tokenizer
 
 TOKENS = {"bos_token": "<s>", "eos_token": "<|end|>"}
@@ -241,6 +246,64 @@ def test_a_template_without_end_is_an_error_and_no_hang(source: str) -> None:
     with pytest.raises(InvalidRequest) as refused:
         render(source)
     assert refused.value.param == "messages"
+
+
+ENDLESS = {
+    "{% set ns = namespace(s='x') %}{% for i in range(99) %}{% set ns.s = ns.s ~ ns.s %}"
+    "{% endfor %}{{ ns.s }}": "memory",
+    "{% set s = 'x' %}" + "{% set s = s ~ s %}" * 40 + "{{ s | length }}": "memory",
+    "{% macro f(x) %}{{ x }}{{ x }}{% endmacro %}{% set s = 'x' %}"
+    + "{% set s = f(s) %}" * 40: "memory",
+    "{% for i in range(9999) %}{{ range(99999) | list | sum }}{% endfor %}": "more than 2 s",
+}
+
+
+@pytest.mark.parametrize("source", ENDLESS)
+def test_what_fills_memory_or_never_ends_in_native_code_is_refused(source: str) -> None:
+    template = ConfinedTemplate(source, TOKENS, path=Path("test"))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for _ in range(2):  # its process is started again
+        with pytest.raises(InvalidRequest, match=ENDLESS[source]) as refused:
+            template.render([message("user", "x")])
+        assert refused.value.param == "messages"
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 * 1024
+
+
+def test_a_confined_template_renders_and_refuses_as_the_template_does() -> None:
+    confined = ConfinedTemplate(MACROS, TOKENS, path=Path("test"))
+    template = ChatTemplate(MACROS, TOKENS, path=Path("test"))
+    for chat in CHATS.values():
+        assert confined.render(chat) == template.render(chat)
+    refusing = ConfinedTemplate("{{ raise_exception('not this') }}", TOKENS, path=Path("test"))
+    with pytest.raises(InvalidRequest, match="not this"):
+        refusing.render(CHATS["long"])
+
+
+@pytest.mark.parametrize(
+    ("source", "says"),
+    [
+        ("{% if %}", "is not valid"),
+        ("{{ 2 * }}", "is not valid"),
+        ("{{ 'a' * 99999999 }}" * 99, "memory"),  # computed when it is compiled
+        ("x" * 300_000, "has 300000 characters"),
+    ],
+)
+def test_a_confined_template_is_checked_before_it_is_used(source: str, says: str) -> None:
+    with pytest.raises(ModelError, match=says):
+        ConfinedTemplate(source, {}, path=Path("here/chat_template.jinja"))
+
+
+def test_the_process_of_a_template_ends_with_it_and_is_replaced_when_it_dies() -> None:
+    template = ConfinedTemplate("{{ messages[0].content }}", {}, path=Path("test"))
+    assert template.render([message("user", "a")]) == "a"
+    first = template._child._process
+    os.kill(first.pid, signal.SIGKILL)
+    first.wait()
+    assert template.render([message("user", "b")]) == "b"
+    second = template._child._process
+    del template
+    gc.collect()
+    assert second.returncode == -signal.SIGKILL
 
 
 def test_a_template_may_refuse_messages_in_its_own_words() -> None:

@@ -10,7 +10,7 @@ from small_tokenizers import byte_level, metaspace, save, sentencepiece
 from tokenizers import AddedToken, normalizers
 from tokenizers import Tokenizer as Backend
 
-from pie_async.errors import InvalidRequest, ModelError
+from pie_async.errors import ContextTooLong, InvalidRequest, ModelError
 from pie_async.model.tokenizer import Tokenizer
 
 TEMPLATE = (
@@ -226,3 +226,51 @@ def test_token_text_shows_every_token(kind: Callable[[], Backend], tmp_path: Pat
     assert tokenizer.token_text(tokens[0]) == "<s>"
     assert "".join(map(tokenizer.token_text, tokens[1:])).replace(" ", "") == "theking"
     assert tokenizer.token_text(tokenizer.vocab_size + 5) == ""
+
+
+def test_a_text_far_too_long_is_refused_before_all_of_it_is_encoded(tmp_path: Path) -> None:
+    save(byte_level(), tmp_path)
+    tokenizer = Tokenizer.from_directory(tmp_path)
+    text = "an ordinary line of text\n" * 40_000
+    num_tokens = len(tokenizer.encode(text))
+    assert len(tokenizer.encode(text, most_tokens=num_tokens)) == num_tokens
+    with pytest.raises(ContextTooLong, match="more than"):
+        tokenizer.encode(text, most_tokens=num_tokens // 2)
+
+
+def test_a_control_token_among_all_private_characters_is_a_clear_refusal(tmp_path: Path) -> None:
+    template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    save(byte_level(), tmp_path, tokenizer_config={"chat_template": template})
+    tokenizer = Tokenizer.from_directory(tmp_path)
+    every = "".join(map(chr, range(0xE000, 0xF900)))
+    tokenizer.encode_chat([{"role": "user", "content": every[:-2] + "<|end|>"}])
+    with pytest.raises(InvalidRequest, match="private use"):
+        tokenizer.encode_chat([{"role": "user", "content": every + "<|end|>"}])
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "says"),
+    [
+        ("chat_template.jinja", b"\xff\xfe", "not text"),
+        ("tokenizer_config.json", b'{"chat_template": [1]}', "without names"),
+        ("tokenizer_config.json", b'{"chat_template": [{"name": "default"}]}', "without names"),
+        ("tokenizer_config.json", b'{"chat_template": 7}', "must be text"),
+        ("tokenizer_config.json", b"[" * 100_000, "is damaged"),
+    ],
+)
+def test_a_damaged_chat_template_is_named(
+    file: str, content: bytes, says: str, tmp_path: Path
+) -> None:
+    save(byte_level(), tmp_path)
+    (tmp_path / file).write_bytes(content)
+    with pytest.raises(ModelError, match=says):
+        Tokenizer.from_directory(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja"])
+def test_a_file_of_a_gigabyte_is_refused_unread(name: str, tmp_path: Path) -> None:
+    save(byte_level(), tmp_path)
+    with (tmp_path / name).open("ab") as file:
+        file.truncate(2**30)  # sparse
+    with pytest.raises(ModelError, match=f"{name} has 1.0 GiB"):
+        Tokenizer.from_directory(tmp_path)

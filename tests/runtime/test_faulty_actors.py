@@ -91,6 +91,18 @@ async def test_late_mail_to_an_actor_that_has_ended_is_dropped_and_new_mail_refu
     assert len(mailbox) == 0
 
 
+async def test_late_mail_that_comes_all_at_once_waits_for_room():
+    actor = Recorder()
+    LateMail(actor.mailbox, delay_s=lambda mail: 1.0 * (mail == 0), sender_of=lambda _: "")
+    for number in range(5 * actor.mailbox.capacity):
+        actor.mailbox.post(number)
+    running = asyncio.create_task(actor.run())
+    await asyncio.sleep(2.0)
+    actor.mailbox.close()
+    await running
+    assert actor.mail == list(range(5 * actor.mailbox.capacity))
+
+
 async def test_only_the_mail_that_is_meant_is_late():
     one, other = Recorder("one"), Recorder("other")
     faults = armed(MailDelayed(probability=1.0, actors=("one",), messages=("str",), seconds=1.0))
