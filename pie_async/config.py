@@ -102,6 +102,19 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     the paper does, although it has not changed. The pool then keeps its memory, and with `debug`
     staging buffers are not poisoned."""
     max_queued_requests: int = 4096
+    """Requests that are accepted and not finished; further ones are told when to come again."""
+    max_queued_tokens: int = 16 * 2**20
+    """The same for their prompts' tokens, once for each sequence; one alone may have more."""
+    reader_patience_s: float = 30.0
+    """A request whose reader has begun to read and then takes nothing for so long is paused until
+    it reads on: its sequences give up their places, and their KV as soon as somebody wants the
+    room. 0: never."""
+    watchdog_s: float = 60.0
+    """Issued work that has not completed, a message that was not read, or an event loop that did
+    not turn for so long stops the engine, with a report; at most a quarter longer. What a stream
+    is given first may take ten times as long. 0: nobody looks."""
+    report_dir: str | None = None
+    """Where reports go; None: "pie_async/reports" in the user's cache directory."""
     cpu_threads: int | None = None
     """CPU device: threads per torch operation; None: all cores but one."""
     debug: bool = False
@@ -118,7 +131,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
     def __post_init__(self) -> None:
         self._check_types()
-        for name in ("block_tokens", "max_queued_requests"):
+        for name in ("block_tokens", "max_queued_requests", "max_queued_tokens"):
             _at_least(name, getattr(self, name), 1)
         _at_least("host_pool_bytes", self.host_pool_bytes, 0)
         for name, least in (
@@ -152,6 +165,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
                 "pool's memory",
                 option="pool_idle_s",
             )
+        self._check_patience()
         self._check_itl_limit()
         if self.iterations_in_flight not in (1, 2):
             raise ConfigError(
@@ -164,6 +178,13 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
                 "leave it out for no limit",
                 option="link_bytes_per_s",
             )
+
+    def _check_patience(self) -> None:
+        for name in ("watchdog_s", "reader_patience_s"):
+            if not 0 <= (value := getattr(self, name)) < math.inf:
+                raise ConfigError(
+                    f"{name} must be at least 0, not {value}; 0 switches it off", option=name
+                )
 
     def _check_gpu(self) -> None:
         check_gpu_memory(self.gpu_memory)

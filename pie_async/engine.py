@@ -14,14 +14,15 @@ import msgspec
 
 from pie_async.assembly import Parts, Progress, Tokenizer, assemble
 from pie_async.config import EngineConfig
+from pie_async.core.admission import Admission
 from pie_async.core.layout import KvLayout
 from pie_async.cuda.memory_budget import GpuMemory
 from pie_async.errors import (
     ConfigError,
     EngineStopped,
+    EngineStuck,
     InvalidRequest,
     MailboxClosed,
-    Overloaded,
     PieError,
 )
 from pie_async.ids import RequestId, SequenceId
@@ -35,6 +36,7 @@ from pie_async.runtime.faults import PROCESS_POINTS, FaultPlan
 from pie_async.runtime.faulty_actors import log_on_full_disk
 from pie_async.sampling_params import SamplingParams
 from pie_async.story import Story
+from pie_async.watching import watch_engine
 from pie_async.wiring import Actors, arm
 
 _log = logging.getLogger(__name__)
@@ -51,6 +53,9 @@ class Engine:
 
     Args:
         config: how to set it up; or give the fields of `EngineConfig` as keyword arguments.
+        exits_when_stuck: end the process, with status 71, if the engine stands still for
+            `watchdog_s`: for a process that is the engine's own. Otherwise the engine stops, and
+            its streams end with `EngineStuck`.
         faults: what is to go wrong with it, for tests; see `pie_async.runtime.faults`.
 
     Raises:
@@ -61,6 +66,7 @@ class Engine:
         self,
         config: EngineConfig | None = None,
         *,
+        exits_when_stuck: bool = False,
         faults: FaultPlan | None = None,
         **options: Any,
     ) -> None:
@@ -75,8 +81,12 @@ class Engine:
             self.faults = arm(faults, *PROCESS_POINTS, why=why)
         self._parts: Parts | None = None
         self._actors: Actors | None = None
+        self._exits_when_stuck = exits_when_stuck
         self._watch: asyncio.Task[None] | None = None
         self._streams: dict[str, RequestStream] = {}
+        self._admission = Admission(
+            most_requests=config.max_queued_requests, most_tokens=config.max_queued_tokens
+        )
         self._has_started = False
         self._is_draining = False
         self._failure: PieError | None = None
@@ -126,16 +136,31 @@ class Engine:
             await self._run_actors(parts)
 
     async def _run_actors(self, parts: Parts) -> None:
-        assert self._actors is not None
+        assert self._actors is not None and self.story is not None
+        supervisor = self._actors.supervisor
+        stop = None if self._exits_when_stuck else self._stop_stuck
+        watchdog = watch_engine(self._actors, self.config, self.story, stop=stop)
         try:
-            await self._actors.supervisor.run()
+            await supervisor.run()
         except EngineStopped as failure:
             self._failure = failure
-            if self.story is not None:
-                _log.error("%s; what happened last:\n%s", failure, self.story.tell())
+            _log.error("%s; what happened last:\n%s", failure, self.story.tell())
         finally:
+            if watchdog is not None:
+                watchdog.close()
             self._actors.delivery.fail_all(self._stopped())
-            parts.device.close()  # at once: the supervisor has drained it
+            if supervisor.is_drained:
+                parts.device.close()
+            else:
+                _log.error("the device did not finish; it keeps its memory until the process ends")
+
+    def _stop_stuck(self, failure: EngineStuck) -> None:
+        """Called by the watchdog. The streams must not wait until the device is given up."""
+        assert self._actors is not None and self._watch is not None
+        if self._failure is None:
+            self._failure = failure
+            self._actors.delivery.fail_all(failure)
+            self._watch.cancel()
 
     async def aclose(self, *, drain_s: float = 0.0) -> None:
         """End the engine and give its memory back; calling it again does nothing.
@@ -157,7 +182,8 @@ class Engine:
                     await self.drain()
                     await self._actors.supervisor.close()
             except (TimeoutError, EngineStopped):
-                self._watch.cancel()
+                if not self._watch.cancelling():
+                    self._watch.cancel()
         await asyncio.wait([self._watch])
 
     async def drain(self) -> None:
@@ -169,6 +195,7 @@ class Engine:
         actors = self._running_actors()
         if not self._is_draining:
             self._is_draining = True
+            actors.delivery.readers.close()  # everything is to be finished, read or not
             try:
                 await actors.scheduler.mailbox.send(Drain())
             except MailboxClosed:
@@ -235,6 +262,7 @@ class Engine:
         name = request_id if request_id is not None else f"request-{number}"
         if name in self._streams:
             raise InvalidRequest(f"request_id {name!r} is in use", param="request_id")
+        self._admission.check(now_s=_now_s(), num_tokens=params.n * len(tokens))
         stream = self._open_stream(name, prompt, tokens, params)
         seed = params.seed if params.seed is not None else self._dice.getrandbits(62)
         command = Submit(
@@ -330,6 +358,7 @@ class Engine:
             token_text=tokenizer.token_text,
         )
         self._streams[name] = stream
+        self._admission.enter(stream.num_queued_tokens)
         self._running_actors().delivery.open(stream)
         return stream
 
@@ -339,7 +368,8 @@ class Engine:
         self._actors.scheduler.mailbox.post(Cancel(sequences=stream.unfinished))
 
     def _forget(self, stream: RequestStream) -> None:
-        self._streams.pop(stream.request_id, None)
+        if self._streams.pop(stream.request_id, None) is not None:
+            self._admission.leave(stream.num_queued_tokens, now_s=_now_s())
 
     # --- state ------------------------------------------------------------------------------
 
@@ -392,12 +422,7 @@ class Engine:
         if not self.is_accepting:
             state = "draining" if self.is_running else "not running"
             raise EngineStopped(f"the engine is {state} and accepts no requests")
-        if len(self._streams) >= self.config.max_queued_requests:
-            raise Overloaded(
-                f"{len(self._streams)} requests are queued, the most allowed "
-                "(max_queued_requests); try again later",
-                retry_after_s=1.0,
-            )
+        self._admission.check(now_s=_now_s())
 
     def _intake(self) -> Intake:
         return Intake(self.tokenizer, self.model)
@@ -417,6 +442,10 @@ class Engine:
         if self._actors is None:
             raise EngineStopped("the engine has not started; use `async with` or `start()`")
         return self._actors
+
+
+def _now_s() -> float:
+    return asyncio.get_running_loop().time()
 
 
 class _Numbers:

@@ -80,6 +80,13 @@ class EngineStopped(PieError):
     """The engine is closed, draining or has failed; `__cause__` says why where there is a cause."""
 
 
+class EngineStuck(EngineStopped):
+    """Work that was issued did not complete, or a message was not read, for `watchdog_s`.
+
+    The engine has stopped. The log names a report of what it was doing.
+    """
+
+
 class SequenceLost(PieError):
     """A sequence's KV was lost in failed copies too often; the others go on. Ask again."""
 

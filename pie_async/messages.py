@@ -129,11 +129,13 @@ class Submit(Message, frozen=True, kw_only=True):
     request: RequestId
     sequences: tuple[SequenceId, ...]
     prompt_tokens: tuple[int, ...]
+    output_tokens: tuple[int, ...] = ()
+    """Output that they already have, and go on after: another engine computed it."""
     sampling: SamplingParams
     seed: int
     """The request's seed, already drawn; sequence i uses seed + i."""
     max_tokens: int
-    """Most output tokens, already cut to the context's length."""
+    """Most output tokens, already cut to the context's length; `output_tokens` count."""
     priority: int = 0
     """Lower runs first; equal priorities run first come, first served."""
     cache_salt: str | None = None
@@ -147,6 +149,13 @@ class Cancel(Message, frozen=True, kw_only=True):
     sequences: tuple[SequenceId, ...]
     reason: FinishReason = "abort"
     """"stop" when their text reached a stop string."""
+
+
+class ReadingChanged(Message, frozen=True, kw_only=True):
+    """Fact: somebody reads these sequences' output again, or nobody has for a while."""
+
+    sequences: tuple[SequenceId, ...]
+    is_read: bool
 
 
 class Drain(Message, frozen=True, kw_only=True):
@@ -243,6 +252,7 @@ SchedulerMail = (
     | PoolShrunk
     | ReviewPool
     | Cancel
+    | ReadingChanged
     | Drain
     | IterationRan
     | IterationStaged
@@ -351,6 +361,7 @@ AnyMessage = (
     | ReviewPool
     | ResizePool
     | Cancel
+    | ReadingChanged
     | Drain
     | IterationRan
     | IterationStaged

@@ -15,6 +15,8 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     waiting: int = 0
     parked: int = 0
     """Preempted sequences whose KV waits in the host pool."""
+    paused: int = 0
+    """Sequences that wait for somebody to read their output."""
 
     # memory, in blocks of `block_bytes`
     block_bytes: int = 0
@@ -41,6 +43,9 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     governor_reason: str = ""
     """The same with its numbers."""
 
+    pending_s: float = 0.0
+    """How long the device has been at the oldest iteration that was issued; 0 while idle."""
+
     # totals since the start
     uptime_s: float = 0.0
     iterations: int = 0
@@ -60,7 +65,9 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     sequences_cancelled: int = 0
     preemptions_parked: int = 0
     preemptions_recomputed: int = 0
-    """Those of the parked that lost their KV after all: the pool was full."""
+    """Those of the parked and paused that lost their KV after all: the pool was full."""
+    pauses: int = 0
+    """Sequences taken off because nobody read their output, each time."""
     demotions: int = 0
     """Blocks copied to the pool."""
     promotions: int = 0

@@ -1,7 +1,8 @@
 """A request's outputs on their way to its reader.
 
 The delivery actor pushes what happened; the reader takes what is new whenever it likes. A
-slow reader costs nothing but the text itself: what it missed is waiting for it in one piece.
+slow reader costs nothing but the text itself: what it missed is waiting for it in one piece. One
+that takes nothing for long is noticed (`readers.py`), and its sequences are paused.
 """
 
 from __future__ import annotations
@@ -161,6 +162,12 @@ class RequestStream:
         self._num_open = len(self._outputs)
         self._has_news = False
         self._reader: asyncio.Future[None] | None = None
+        self.num_taken = 0
+        """Outputs that the reader has."""
+        self.is_read = True
+        """False: its reader took nothing for so long that its sequences are paused."""
+        self.on_read: Callable[[RequestStream], None] | None = None
+        """Called when somebody asks for the next output after all."""
 
     # --- the reader's side ------------------------------------------------------------------
 
@@ -175,6 +182,9 @@ class RequestStream:
         """
         if self._is_over:
             raise StopAsyncIteration
+        if self.on_read is not None:
+            self.on_read(self)
+        self.num_taken += 1
         while not self._is_due:
             self._reader = asyncio.get_running_loop().create_future()
             try:
@@ -199,12 +209,22 @@ class RequestStream:
         self.cancel()
 
     @property
+    def num_queued_tokens(self) -> int:
+        """Prompt tokens, once for each sequence."""
+        return len(self.prompt_token_ids) * len(self.sequences)
+
+    @property
     def is_finished(self) -> bool:
         return self._num_open == 0
 
     @property
     def unfinished(self) -> tuple[SequenceId, ...]:
         return tuple(seq for seq, out in self._outputs.items() if out.finish_reason is None)
+
+    @property
+    def has_waiting_output(self) -> bool:
+        """Whether there is output that its reader, who once began to read, does not take."""
+        return self._is_due and self.num_taken > 0 and self._reader is None and self._num_open > 0
 
     @property
     def _is_due(self) -> bool:

@@ -10,6 +10,9 @@ import msgspec
 from pie_async.ids import IterationId
 from pie_async.messages import AnyMessage
 
+MOST_SHOWN = 8
+"""Entries of a tuple that are told: a prompt may have a hundred thousand."""
+
 _encoder = msgspec.msgpack.Encoder()
 
 
@@ -54,6 +57,20 @@ class Story:
         return b"".join(_encoder.encode(entry) for entry in self._entries)
 
     def tell(self, *, last: int = 40) -> str:
-        """The last entries as text, for an error report."""
+        """The last entries as text, for an error report; long tuples are cut."""
         entries = list(self._entries)[-last:]
-        return "\n".join(f"{e.at_s:12.6f}  {e.actor:18} {e.message}" for e in entries)
+        return "\n".join(f"{e.at_s:12.6f}  {e.actor:18} {_brief(e.message)}" for e in entries)
+
+
+def _brief(value: object) -> str:
+    """A message, or a part of one, in a line that somebody can read."""
+    if isinstance(value, msgspec.Struct):
+        fields = msgspec.structs.asdict(value).items()
+        inside = ", ".join(f"{name}={_brief(each)}" for name, each in fields)
+        return f"{type(value).__name__}({inside})"
+    if isinstance(value, tuple):
+        shown = [_brief(each) for each in value[:MOST_SHOWN]]
+        if len(value) > MOST_SHOWN:
+            shown.append(f"... {len(value)} in all")
+        return f"({', '.join(shown)})"
+    return repr(value)

@@ -22,6 +22,7 @@ from pie_async.core.headroom import Expansion, pays
 from pie_async.core.residency import ResidencyMap
 from pie_async.core.schedule import SHRINK_TOLERANCE, Schedule
 from pie_async.device.launcher import Launcher
+from pie_async.device.watched import WatchedQueues
 from pie_async.errors import MailboxClosed
 from pie_async.messages import (
     AnyMessage,
@@ -38,6 +39,7 @@ from pie_async.runtime.actor import Actor
 from pie_async.runtime.faults import CLIENT_POINTS, Fault, FaultPlan, Faults
 from pie_async.runtime.faulty_actors import check_names, delay_mail, faulty
 from pie_async.runtime.supervisor import Supervisor
+from pie_async.runtime.watchdog import Mail, Watched
 from pie_async.story import Story
 
 _log = logging.getLogger(__name__)
@@ -69,18 +71,25 @@ class Actors:
         self.scheduler = SchedulerActor(
             schedule,
             iterations_in_flight=config.iterations_in_flight,
-            # Every queued request may be cancelled at once, and cancelling never waits.
-            mailbox_capacity=2 * config.max_queued_requests + 256,
+            # Of every queued request it may be said at once, without waiting, that its reader is
+            # back and that it is cancelled.
+            mailbox_capacity=3 * config.max_queued_requests + 256,
             checks_invariants=config.debug,
             observer=observer,
         )
         to_scheduler = self.scheduler.mailbox
         launcher = Launcher(parts.device, asyncio.get_running_loop(), exchanges=config.exchange)
-        self.delivery = DeliveryActor(to_scheduler, on_finished=on_finished, observer=observer)
-        compute = ComputeActor(launcher, to_scheduler, observer=observer)
-        swap_in = SwapInActor(launcher, to_scheduler, observer=observer)
+        queues = WatchedQueues(launcher)
+        self.delivery = DeliveryActor(
+            to_scheduler,
+            on_finished=on_finished,
+            reader_patience_s=config.reader_patience_s,
+            observer=observer,
+        )
+        compute = ComputeActor(queues, to_scheduler, observer=observer)
+        swap_in = SwapInActor(queues, to_scheduler, observer=observer)
         swap_out = SwapOutActor(
-            launcher, to_scheduler, review=_pool_review(parts, config), observer=observer
+            queues, to_scheduler, review=_pool_review(parts, config), observer=observer
         )
         actors: list[Actor[Any]] = [self.delivery, self.scheduler, compute, swap_in, swap_out]
         governor = None
@@ -121,6 +130,9 @@ class Actors:
         if faults is not None:
             delay_mail(actors, faults, sender_of)
         self.supervisor = Supervisor(actors, parts.device)
+        self.watched: tuple[Watched, ...] = (
+            queues.compute, queues.h2d, queues.d2h, *(Mail(actor.mailbox) for actor in actors)
+        )  # fmt: skip
         self._memory = parts.device.memory
         self._pool_slots = self._memory.first_host_slots
         self._on_shorter = on_shorter

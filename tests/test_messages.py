@@ -90,11 +90,14 @@ BY_NAME = {
     "advances": PARTS[Advance],
     "is_staged": st.booleans(),
     "is_all": st.booleans(),
+    "is_read": st.booleans(),
     "longest": st.none() | INTS,
     "cache_salt": st.none() | st.text(max_size=8),
 }
 MANY = {"rows", "bindings", "tables", "runs", "moves", "sampled", "prompt_logprobs", "advances"}
-TUPLES_OF_INTS = {"sequences", "prompt_tokens", "blocks", "failed", "unstaged"}
+TUPLES_OF_INTS = {
+    "sequences", "prompt_tokens", "output_tokens", "blocks", "failed", "unstaged",
+}  # fmt: skip
 
 
 def field_values(kind: type, name: str) -> st.SearchStrategy:

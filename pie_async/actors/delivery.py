@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable
 from typing import assert_never
 
-from pie_async.errors import PieError, SequenceLost
+from pie_async.errors import MailboxClosed, PieError, SequenceLost
 from pie_async.ids import SequenceId
 from pie_async.messages import (
     Cancel,
     DeliveryMail,
     Drained,
+    ReadingChanged,
     SchedulerMail,
     SequencesAdvanced,
 )
+from pie_async.readers import Readers
 from pie_async.request_stream import RequestStream
 from pie_async.runtime.actor import Actor, Observer
 from pie_async.runtime.mailbox import Mailbox
@@ -28,13 +31,29 @@ class DeliveryActor(Actor[DeliveryMail]):
         scheduler: Mailbox[SchedulerMail],
         *,
         on_finished: Callable[[RequestStream], None],
+        reader_patience_s: float = 0.0,
         observer: Observer | None = None,
     ) -> None:
+        """
+        Args:
+            reader_patience_s: how long output may wait for its reader until its sequences are
+                paused; 0: for ever.
+        """
         super().__init__("delivery", capacity=1024, observer=observer)
         self._scheduler = scheduler
         self._on_finished = on_finished
         self._streams: dict[SequenceId, RequestStream] = {}
+        self.readers = Readers(
+            self._streams.values, patience_s=reader_patience_s, changed=self._reading_changed
+        )
         self.drained = asyncio.Event()
+
+    async def run(self) -> None:
+        """See `Actor`."""
+        try:
+            await super().run()
+        finally:
+            self.readers.close()
 
     def open(self, stream: RequestStream) -> None:
         """Facts about the stream's sequences go to it from now on."""
@@ -91,5 +110,10 @@ class DeliveryActor(Actor[DeliveryMail]):
                 del self._streams[advance.sequence]
                 if stream.is_finished:
                     self._on_finished(stream)
+        self.readers.note()
         if stopped:
             self._scheduler.post(Cancel(sequences=tuple(stopped), reason="stop"))
+
+    def _reading_changed(self, sequences: tuple[SequenceId, ...], is_read: bool) -> None:
+        with contextlib.suppress(MailboxClosed):  # the engine is ending
+            self._scheduler.post(ReadingChanged(sequences=sequences, is_read=is_read))

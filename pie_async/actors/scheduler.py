@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import asyncio
+import time
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from typing import assert_never
 
@@ -26,6 +28,7 @@ from pie_async.messages import (
     PoolGrown,
     PoolShrunk,
     PromptLogprobs,
+    ReadingChanged,
     ResizePool,
     ReviewPool,
     RunIteration,
@@ -86,10 +89,18 @@ class SchedulerActor(Actor[SchedulerMail]):
         self._awaiting_staging: dict[IterationId, tuple[Launched, IterationRan]] = {}
         self._staged: dict[IterationId, IterationStaged] = {}
         self._totals = EngineStats()
+        self._now_s: Callable[[], float] = time.monotonic
+        self._progress_s = 0.0
+        """When the oldest iteration in flight came first: loop time."""
 
     def connect(self, neighbours: Neighbours) -> None:
         """Say where decisions go; before `run`."""
         self._neighbours = neighbours
+
+    async def run(self) -> None:
+        """See `Actor`."""
+        self._now_s = asyncio.get_running_loop().time
+        await super().run()
 
     def handle(self, mail: SchedulerMail) -> None:
         self._take_in(mail)
@@ -103,8 +114,8 @@ class SchedulerActor(Actor[SchedulerMail]):
         match mail:
             case Submit():
                 schedule.submit(mail)
-            case Cancel():
-                self._tell(schedule.cancel(mail.sequences, mail.reason), NO_ITERATION)
+            case Cancel() | ReadingChanged() | Drain():
+                self._obey(mail)
             case IterationRan():
                 self._settle(mail)
             case IterationStaged():
@@ -131,10 +142,18 @@ class SchedulerActor(Actor[SchedulerMail]):
                 )
             case PoolGrown() | PoolShrunk() | ReviewPool():
                 self._size_pool(mail)
-            case Drain():
-                self._is_draining = True
             case _:
                 assert_never(mail)
+
+    def _obey(self, mail: Cancel | ReadingChanged | Drain) -> None:
+        match mail:
+            case Cancel():
+                self._tell(self._schedule.cancel(mail.sequences, mail.reason), NO_ITERATION)
+            case ReadingChanged():
+                self._schedule.reading_changed(mail.sequences, is_read=mail.is_read)
+            case Drain():
+                self._is_draining = True
+                self._schedule.drain()
 
     def _size_pool(self, mail: PoolGrown | PoolShrunk | ReviewPool) -> None:
         match mail:
@@ -150,7 +169,7 @@ class SchedulerActor(Actor[SchedulerMail]):
 
     def _plan(self) -> None:
         schedule = self._schedule
-        while len(schedule.in_flight) < self._depth and not schedule.is_idle:
+        while len(schedule.in_flight) < self._depth and not schedule.is_resting:
             plan = plan_iteration(schedule, IterationId(self._next_iteration))
             if self._checks_invariants:
                 invariants.check(schedule)
@@ -175,6 +194,8 @@ class SchedulerActor(Actor[SchedulerMail]):
         if plan.swap_out:
             to.swap_out.post(SwapOut(moves=tuple(plan.swap_out)))
         if plan.rows:
+            if len(self._schedule.in_flight) == 1:
+                self._progress_s = self._now_s()
             if plan.runs:
                 to.swap_in.post(StageIteration(iteration=plan.iteration, runs=tuple(plan.runs)))
             to.compute.post(
@@ -197,6 +218,7 @@ class SchedulerActor(Actor[SchedulerMail]):
     # --- settling ---------------------------------------------------------------------------
 
     def _settle(self, ran: IterationRan) -> None:
+        self._progress_s = self._now_s()
         launched, advances = self._schedule.settle(ran.iteration, ran.sampled, ran.unstaged)
         self._tell(advances, ran.iteration, ran.prompt_logprobs)
         self._add(iterations=1, compute_s=ran.compute_s, stall_s=ran.stall_s)
@@ -276,6 +298,7 @@ class SchedulerActor(Actor[SchedulerMail]):
             running=len(schedule.running),
             waiting=schedule.num_waiting,
             parked=len(schedule.parked) + len(schedule.resuming),
+            paused=len(schedule.paused),
             block_tokens=schedule.block_tokens,
             device_blocks=device,
             host_blocks=residency.host.size,
@@ -286,6 +309,12 @@ class SchedulerActor(Actor[SchedulerMail]):
             parked_blocks=schedule.num_parked_blocks,
             pooled_blocks=residency.host.num_used,
             streamed_limit_blocks=schedule.streamed_limit,
+            pending_s=self._pending_s(),
             expansion_ratio=(device + residency.num_streamed) / device,
             **asdict(schedule.counts),
         )
+
+    def _pending_s(self) -> float:
+        if not self._schedule.in_flight:
+            return 0.0
+        return self._now_s() - self._progress_s

@@ -83,6 +83,7 @@ def create_app(
             web.get("/v1/models", handlers.models),
             web.get("/v1/models/{model:.+}", handlers.model),
             web.get("/health", handlers.health, name=UNGUARDED_ROUTE),
+            web.get("/ready", handlers.ready),
             web.get("/metrics", make_aiohttp_handler(metrics.registry)),
             web.get("/version", handlers.version),
             web.get("/openapi.json", handlers.openapi),

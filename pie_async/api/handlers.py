@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Awaitable, Callable
 
 import msgspec
@@ -11,13 +10,13 @@ from aiohttp import web
 import pie_async
 from pie_async.api.body import BodyRoom, read_body
 from pie_async.api.in_flight import InFlight
-from pie_async.api.liveness import Liveness
-from pie_async.api.sse import send_events
+from pie_async.api.liveness import is_stuck
+from pie_async.api.sse import send_body, send_events
 from pie_async.errors import EngineStopped
 from pie_async.openai.answer import Answer
 from pie_async.openai.backend import Backend
 from pie_async.openai.openapi import openapi_document
-from pie_async.openai.responses import Health, Version
+from pie_async.openai.responses import Health, Readiness, Version
 from pie_async.openai.service import OpenAIService
 
 
@@ -43,7 +42,6 @@ class Handlers:
         self._in_flight = in_flight
         self._limits = limits
         self._room = BodyRoom(limits.bodies * limits.max_body_bytes)
-        self._liveness = Liveness()
 
     async def chat(self, request: web.Request) -> web.StreamResponse:
         """POST /v1/chat/completions"""
@@ -75,10 +73,15 @@ class Handlers:
         """GET /health: liveness alone; a full or draining server is healthy."""
         if not self._backend.is_running:
             raise EngineStopped("the engine is not running")
-        now_s = asyncio.get_running_loop().time()
-        if self._liveness.is_stuck(self._backend.stats(), now_s=now_s):
+        if is_stuck(self._backend.stats()):
             raise EngineStopped("the engine makes no progress")
         return _json(Health())
+
+    async def ready(self, _request: web.Request) -> web.Response:
+        """GET /ready: whether requests are admitted; not while draining or restarting."""
+        if not self._backend.is_accepting or self._in_flight.is_draining:
+            raise EngineStopped("the engine admits no requests now")
+        return _json(Readiness())
 
     async def _answer(
         self, request: web.Request, accept: Callable[[bytes], Awaitable[Answer]]
@@ -100,9 +103,8 @@ class Handlers:
                 await answer.aclose()
 
     async def _send(self, request: web.Request, answer: Answer) -> web.StreamResponse:
-        if answer.is_streamed:
-            return await send_events(request, answer, stall_timeout_s=self._limits.stall_timeout_s)
-        return web.Response(body=await answer.body(), content_type="application/json")
+        send = send_events if answer.is_streamed else send_body
+        return await send(request, answer, stall_timeout_s=self._limits.stall_timeout_s)
 
 
 def _json(content: object) -> web.Response:

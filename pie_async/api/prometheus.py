@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterable, Iterator
 from typing import get_args
 
@@ -82,6 +83,9 @@ class EngineCollector(Collector):
         stats = self._backend.stats()
         for name, (text, value) in _gauges(stats).items():
             yield GaugeMetricFamily(f"pie:{name}", text, value)
+        yield GaugeMetricFamily(
+            "pie:event_loop_tasks", "Tasks of the server's event loop", len(asyncio.all_tasks())
+        )
         for name, (text, value) in _counters(stats).items():
             yield CounterMetricFamily(f"pie:{name}", text, value)
         yield from _labelled(stats)
@@ -130,6 +134,7 @@ def _counters(stats: EngineStats) -> dict[str, tuple[str, float]]:
             "Sequences cancelled, by a client or us",
             stats.sequences_cancelled,
         ),
+        "pauses": ("Sequences taken off because nobody read them", stats.pauses),
         "demotions": ("Blocks copied to the pool", stats.demotions),
         "promotions": ("Blocks copied back to stay", stats.promotions),
         "copy_attempts_failed": ("Attempts to copy that went wrong", stats.copy_attempts_failed),
@@ -150,6 +155,7 @@ def _labelled(stats: EngineStats) -> Iterator[Metric]:
         running=stats.running,
         waiting=stats.waiting,
         parked=stats.parked,
+        paused=stats.paused,
     )
     yield _by_label(
         GaugeMetricFamily("pie:blocks", "KV blocks by where they are", labels=["state"]),

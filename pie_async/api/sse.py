@@ -1,10 +1,12 @@
-"""Server-sent events over aiohttp."""
+"""Answers over aiohttp, to clients that may not read them."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from contextlib import aclosing
+import socket
+from collections.abc import Iterator
+from contextlib import aclosing, contextmanager
 
 from aiohttp import web
 
@@ -19,8 +21,11 @@ _HEADERS = {
 }
 
 
+_UNREAD_BYTES = 16 * 1024
+"""What may wait in the kernel, which would take megabytes for a client that reads nothing, and in
+the transport: both count about twice."""
 _NEVER_BLOCKS_BYTES = 16 * 1024
-"""Far below the transport's high-water mark."""
+"""No more than the transport's high-water mark."""
 
 
 async def send_events(
@@ -28,25 +33,53 @@ async def send_events(
 ) -> web.StreamResponse:
     """Stream the answer; returns when it was sent, or cancelled because nobody reads it.
 
-    A client that takes nothing for `stall_timeout_s` is cut off: its connection has no room
-    even for an error event.
+    A client that takes nothing for `stall_timeout_s` is cut off.
     """
     response = web.StreamResponse(headers=_HEADERS)
-    try:
+    if request.transport is not None:
+        sock = request.transport.get_extra_info("socket")
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _UNREAD_BYTES)
+        request.transport.set_write_buffer_limits(high=_UNREAD_BYTES)
+    with _cutting_off(request, answer.response_id, stall_timeout_s):
         await response.prepare(request)
         async with aclosing(answer.events()) as events:
             async for data in events:
                 await _write(request, response, data, stall_timeout_s)
-        await response.write_eof()
+        async with asyncio.timeout(stall_timeout_s):
+            await response.write_eof()
+    return response
+
+
+async def send_body(
+    request: web.Request, answer: Answer, *, stall_timeout_s: float
+) -> web.StreamResponse:
+    """Send the answer as one body; a client that takes nothing is cut off as by `send_events`."""
+    body = await answer.body()
+    if len(body) <= _NEVER_BLOCKS_BYTES:
+        return web.Response(body=body, content_type="application/json")
+    response = web.StreamResponse(headers={"Content-Type": "application/json"})
+    response.content_length = len(body)
+    with _cutting_off(request, answer.response_id, stall_timeout_s):
+        await response.prepare(request)
+        for start in range(0, len(body), _NEVER_BLOCKS_BYTES):
+            piece = body[start : start + _NEVER_BLOCKS_BYTES]
+            await _write(request, response, piece, stall_timeout_s)
+        async with asyncio.timeout(stall_timeout_s):
+            await response.write_eof()
+    return response
+
+
+@contextmanager
+def _cutting_off(request: web.Request, name: str, stall_timeout_s: float) -> Iterator[None]:
+    """Its connection has no room even for an error."""
+    try:
+        yield
     except TimeoutError:
-        _log.warning(
-            "%s: the client took nothing for %g s; cut off", answer.response_id, stall_timeout_s
-        )
+        _log.warning("%s: the client took nothing for %g s; cut off", name, stall_timeout_s)
         if request.transport is not None:
             request.transport.abort()
     except ConnectionResetError:
-        _log.debug("%s: the client went away", answer.response_id)
-    return response
+        _log.debug("%s: the client went away", name)
 
 
 async def _write(

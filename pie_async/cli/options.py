@@ -241,6 +241,23 @@ FLAGS: dict[str, _Flag] = {
         "--max-queued", count, "N", "More requests than this are refused.",
         str(_DEFAULTS.max_queued_requests),
     ),
+    "max_queued_tokens": _Flag(
+        "--max-queued-tokens", count, "N", "The same for tokens of their prompts.",
+        f"{_DEFAULTS.max_queued_tokens // 2**20}Mi",
+    ),
+    "reader_patience_s": _Flag(
+        "--reader-patience", seconds, "TIME",
+        "Pause a request whose reader takes nothing for so long; 0: never.",
+        f"{_DEFAULTS.reader_patience_s:g}s",
+    ),
+    "watchdog_s": _Flag(
+        "--watchdog", seconds, "TIME",
+        "End the engine, with a report, if it stands still for so long; 0: never.",
+        f"{_DEFAULTS.watchdog_s:g}s",
+    ),
+    "report_dir": _Flag(
+        "--report-dir", str, "DIR", "Where reports go.", "in the user's cache directory",
+    ),
     "cpu_threads": _Flag(
         "--cpu-threads", count, "N", "Threads of one torch operation (cpu).", "all cores but one",
     ),

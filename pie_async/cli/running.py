@@ -44,12 +44,12 @@ def messages() -> Console:
 
 
 def started(
-    config: EngineConfig, faults: FaultPlan | None = None
+    config: EngineConfig, faults: FaultPlan | None = None, *, exits_when_stuck: bool = False
 ) -> AbstractAsyncContextManager[Engine]:
     """A started engine in this process; a bar shows the weights being loaded."""
     from pie_async.engine import Engine
 
-    return starting(Engine(config, faults=faults))
+    return starting(Engine(config, faults=faults, exits_when_stuck=exits_when_stuck))
 
 
 @asynccontextmanager

@@ -6,6 +6,7 @@ import asyncio
 import signal
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -111,7 +112,7 @@ def serve(
     async def main() -> int:
         from pie_async.api.server import serve as serve_http
 
-        run_engine = started if in_process else _apart
+        run_engine = partial(started, exits_when_stuck=True) if in_process else _apart
         engine_runs = run_engine(engine, plan_of_faults)
         async with engine_runs as running:
             await serve_http(
@@ -139,8 +140,10 @@ async def _apart(
     """An engine in a process of its own. When it is given up, the server ends as on a signal, and
     its failure is raised."""
     from pie_async.resilience.engine import ResilientEngine
+    from pie_async.watching import watch_loop
 
     async with starting(ResilientEngine(config, faults=faults)) as running:
+        watchdog = watch_loop(config)
 
         async def stop_when_failed() -> None:
             await running.failed()
@@ -151,6 +154,8 @@ async def _apart(
             yield running
         finally:
             watch.cancel()
+            if watchdog is not None:
+                watchdog.close()
         if running.failure is not None:
             raise running.failure
 

@@ -43,7 +43,7 @@ def plan_iteration(schedule: Schedule, iteration: IterationId) -> IterationPlan:
         before = _position(schedule)
         plan = _plan_once(schedule, iteration)
         moves = plan.swap_out or plan.swap_in or schedule.has_moves
-        if plan.rows or moves or schedule.in_flight or schedule.is_idle or schedule.awaits_pool:
+        if plan.rows or moves or schedule.in_flight or schedule.is_resting or schedule.awaits_pool:
             return plan
         if schedule.residency.pool_size.is_changing or schedule.residency.pool_size.is_short:
             return plan  # more of the pool is on its way
@@ -56,6 +56,7 @@ def _position(schedule: Schedule) -> tuple[int, ...]:
         len(schedule.running),
         len(schedule.resuming),
         len(schedule.parked),
+        len(schedule.paused),
         schedule.num_waiting,
         schedule.residency.free_device,
         schedule.residency.available_host,

@@ -166,6 +166,7 @@ def _check_queues(schedule: Schedule) -> None:
         State.RUNNING: schedule.running,
         State.RESUMING: schedule.resuming,
         State.PARKED: schedule.parked,
+        State.PAUSED: schedule.paused,
     }
     for state, queue in places.items():
         for seq in queue:

@@ -1,8 +1,8 @@
 """Making room: which blocks leave the device, which come back, who is parked and resumed.
 
 Every block of a running sequence is read once per iteration, so any sealed one is as cheap
-to stream as any other. Blocks of parked sequences leave first (nobody reads them); then
-blocks that already have a clean copy; then the newest sequences' oldest blocks.
+to stream as any other. Blocks of paused and parked sequences leave first (no iteration reads
+them); then blocks that already have a clean copy; then the newest sequences' oldest blocks.
 """
 
 from __future__ import annotations
@@ -25,12 +25,13 @@ iterations in flight may be demoted once those settle."""
 def room(schedule: Schedule) -> int:
     """Blocks that may still be taken into use: free ones, and those that demotion may free."""
     residency = schedule.residency
+    leaving = min(_paused_resident(schedule), residency.available_host)
     streamable = min(
         schedule.streamed_limit - residency.num_streamed,
         residency.staging.num_free,
-        residency.available_host,
+        residency.available_host - leaving,
     )
-    return residency.free_device + residency.coming_device + max(0, streamable)
+    return residency.free_device + residency.coming_device + leaving + max(0, streamable)
 
 
 def blocks_to_admit(schedule: Schedule, seq: Sequence, *, promised: int = 0) -> int | None:
@@ -51,6 +52,7 @@ def wanted_streamed(schedule: Schedule) -> int:
     """Blocks that would be streamed if everything submitted ran at once."""
     held = sum(len(seq.table) for seq in schedule.parked) + schedule.waiting_blocks
     in_use = schedule.residency.used_device + schedule.residency.num_streamed
+    in_use -= _paused_resident(schedule)
     growth = len(schedule.running)
     return max(0, in_use + held + growth - schedule.residency.device.size)
 
@@ -60,18 +62,22 @@ def preempt(schedule: Schedule) -> None:
 
     A sequence is parked when more is streamed than may be, or when another one found no device
     slot and none is about to be freed. With the pool full as well, the parked sequence that
-    would come back last gives its KV up.
+    would come back last gives its KV up; before it, and for whoever waits for room, those that
+    nobody reads.
     """
     residency = schedule.residency
+    if schedule.paused and _is_short(schedule):
+        _drop_paused(schedule)
     # First, for every iteration stalls meanwhile; and what is parked gives device slots up too.
     if _is_over_limit(schedule) and _shrink(schedule):
         return
     if schedule.starved_plans > PATIENCE_PLANS or (schedule.is_starved and not schedule.in_flight):
         if residency.free_device + residency.coming_device > 0:
             return
-        if not any(map(_holds_device, schedule.parked)) and len(schedule.running) > 1:
+        leaving = any(map(_holds_device, (*schedule.paused, *schedule.parked)))
+        if not leaving and len(schedule.running) > 1:
             schedule.park(schedule.running[-1])
-        elif residency.available_host == 0:
+        elif residency.available_host == 0 and not _drop_paused(schedule):
             _drop_last_parked(schedule)
 
 
@@ -121,6 +127,7 @@ def _resume_blocks(schedule: Schedule) -> int:
     stageable = max(0, _streamed_room(schedule, joining=1))
     wanted = max(0, pooled - stageable) + len(schedule.running) + 1
     behind = sum(len(seq.table) - seq.demote_from for seq in schedule.parked[1:])
+    behind += _paused_resident(schedule)
     is_alone = not schedule.running and not schedule.resuming
     supply = residency.free_device + residency.coming_device + behind
     return wanted if is_alone or wanted <= supply else 0
@@ -162,7 +169,7 @@ def _streamed_room(schedule: Schedule, *, joining: int = 0) -> int:
 
 def _leavers(schedule: Schedule) -> Iterator[Block]:
     """Resident blocks in the order in which they should leave."""
-    for seq in reversed(schedule.parked):
+    for seq in (*schedule.paused, *reversed(schedule.parked)):
         if seq.launches_in_flight == 0:
             for block in _resident_blocks(seq, len(seq.table)):
                 if not is_read_by_running(block):
@@ -189,6 +196,40 @@ def _holds_device(seq: Sequence) -> bool:
         block.device_slot is not None and not is_read_by_running(block)
         for block in seq.table[seq.demote_from :]
     )
+
+
+def _paused_resident(schedule: Schedule) -> int:
+    """Device slots that only paused sequences hold, and could give up."""
+    return sum(
+        block.is_resident and block.move is None and not is_read_by_running(block)
+        for seq in schedule.paused
+        if seq.launches_in_flight == 0
+        for block in seq.table[seq.demote_from :]
+    )
+
+
+def _is_short(schedule: Schedule) -> bool:
+    """Whether somebody wants room, and the pool has none for what could leave the device."""
+    residency = schedule.residency
+    if residency.available_host > 0:
+        return False
+    wanted = 0
+    if schedule.is_starved:
+        wanted = 1
+    elif schedule.free_lanes and schedule.parked:
+        wanted = len(schedule.parked[0].table) + 1
+    elif schedule.free_lanes and (seq := schedule.next_waiting()) is not None:
+        wanted = schedule.blocks_for(len(seq.tokens)) + schedule.growth_reserve
+    return residency.free_device + residency.coming_device < wanted
+
+
+def _drop_paused(schedule: Schedule) -> bool:
+    """Give up the KV of the sequence that has been paused longest; False if none has any."""
+    for seq in schedule.paused:
+        if seq.table and seq.launches_in_flight == 0:
+            schedule.drop(seq)
+            return True
+    return False
 
 
 def _drop_last_parked(schedule: Schedule) -> None:
@@ -272,7 +313,7 @@ def _bring_back(
 def _make_way(schedule: Schedule) -> None:
     """Nothing runs and the first parked sequence finds no room."""
     is_quiet = not schedule.has_moves and not schedule.in_flight
-    if is_quiet and schedule.residency.available_host == 0:
+    if is_quiet and schedule.residency.available_host == 0 and not _drop_paused(schedule):
         _drop_last_parked(schedule)
 
 

@@ -23,6 +23,9 @@ from pie_async.outputs import FinishReason
 
 _by_order = attrgetter("order")
 
+_CAN_PAUSE = frozenset({State.WAITING, State.RUNNING, State.PARKED})
+"""The states that a sequence can be paused in at once."""
+
 LEAST_GROWTH_BLOCKS, MOST_GROWTH_BLOCKS = 1.0, 4.0
 GROWTH_PER_PARKING, GROWTH_PER_END = 0.5, 0.025
 """How much room to grow admission leaves: more after a parking, less with every sequence that
@@ -75,6 +78,7 @@ class Counts:
     sequences_cancelled: int = 0
     preemptions_parked: int = 0
     preemptions_recomputed: int = 0
+    pauses: int = 0
     demotions: int = 0
     promotions: int = 0
     copies_lost: int = 0
@@ -114,6 +118,10 @@ class Schedule:
     resuming: list[Sequence] = field(default_factory=list)
     parked: list[Sequence] = field(default_factory=list)
     """In serving order."""
+    paused: list[Sequence] = field(default_factory=list)
+    """Longest paused first."""
+    pauses_unread: bool = True
+    """Not while draining: then everything is to be finished, read or not."""
     in_flight: deque[Launched] = field(default_factory=deque)
     growth_blocks: float = LEAST_GROWTH_BLOCKS
     """For each running sequence so many blocks are kept free of new ones, on the average."""
@@ -151,7 +159,7 @@ class Schedule:
                 id=sequence_id,
                 request=command.request,
                 prompt_len=len(command.prompt_tokens),
-                tokens=list(command.prompt_tokens),
+                tokens=[*command.prompt_tokens, *command.output_tokens],
                 sampling=command.sampling,
                 seed=command.seed + index,
                 max_tokens=command.max_tokens,
@@ -178,7 +186,27 @@ class Schedule:
                 advances.append(Advance(sequence_id, None, reason))
         return advances
 
+    def drain(self) -> None:
+        """From now on sequences go on whether somebody reads them or not."""
+        self.pauses_unread = False
+        self.reading_changed(list(self.sequences), is_read=True)
+
     # --- facts ------------------------------------------------------------------------------
+
+    def reading_changed(self, sequences: Iterable[SequenceId], *, is_read: bool) -> None:
+        """Nobody reads these sequences, or somebody does again; unknown ones are passed over.
+
+        One that comes back, or waits for its request's prompt, is paused once it could run.
+        """
+        for sequence_id in sequences:
+            seq = self.sequences.get(sequence_id)
+            if seq is None or not (is_read or self.pauses_unread):
+                continue
+            seq.is_read = is_read
+            if is_read and seq.state is State.PAUSED:
+                self._unpause(seq)
+            elif not is_read and self._can_pause(seq):
+                self.pause(seq)
 
     def pool_grown(self, grown: PoolGrown) -> list[Advance]:
         """The host pool has more slots. If the memories will not hold what they were meant to,
@@ -256,8 +284,11 @@ class Schedule:
                     self.resuming.remove(seq)
                     self._begin_anew(seq)
         for seq in [s for s in self.resuming if is_readable(s)]:
-            self.resuming.remove(seq)
-            self.start(seq)
+            if seq.is_read:
+                self.resuming.remove(seq)
+                self.start(seq)
+            else:
+                self.pause(seq)
         return advances
 
     # --- KV that was lost -----------------------------------------------------------------------
@@ -273,6 +304,8 @@ class Schedule:
                 if seq.id in rows and seq.id not in self.damaged and not self._lose(seq, advances):
                     if seq.state is State.RUNNING:
                         self._set_aside(seq)
+                    elif seq.state is State.PAUSED:
+                        self._unpause(seq)  # `_begin_anew` pauses it again
                     self.damaged.add(seq.id)
         self.counts.copies_lost += len(unstaged)
         return advances
@@ -308,6 +341,10 @@ class Schedule:
 
     def _begin_anew(self, seq: Sequence) -> None:
         self._forget_kv(seq)
+        seq.move_to(State.WAITING)
+        self._enqueue(seq)
+        if not seq.is_read:
+            self.pause(seq)
         self.counts.sequences_begun_anew += 1
 
     # --- queues -------------------------------------------------------------------------------
@@ -315,6 +352,12 @@ class Schedule:
     @property
     def is_idle(self) -> bool:
         return not self.sequences and not self.promotions
+
+    @property
+    def is_resting(self) -> bool:
+        """Nothing is to be computed: what there is waits for its readers."""
+        queued = self.running or self.resuming or self.parked or self.num_waiting
+        return not (queued or self.promotions)
 
     @property
     def has_moves(self) -> bool:
@@ -333,12 +376,13 @@ class Schedule:
 
     @property
     def num_parked_blocks(self) -> int:
-        """Blocks of parked sequences that lie in the pool alone."""
-        return sum(block.device_slot is None for seq in self.parked for block in seq.table)
+        """Blocks of parked and paused sequences that lie in the pool alone."""
+        held = (block for seq in (*self.parked, *self.paused) for block in seq.table)
+        return sum(block.device_slot is None for block in held)
 
     def next_waiting(self) -> Sequence | None:
         while self._waiting and self._waiting[0][1].state is not State.WAITING:
-            heapq.heappop(self._waiting)  # cancelled while it waited
+            heapq.heappop(self._waiting)  # cancelled or paused while it waited
         return self._waiting[0][1] if self._waiting else None
 
     def start(self, seq: Sequence) -> None:
@@ -365,10 +409,48 @@ class Schedule:
         self._leave_lane(seq)
         seq.move_to(State.PARKED)
         insort(self.parked, seq, key=_by_order)
+        self._let_blocks_leave(seq)
+
+    def _let_blocks_leave(self, seq: Sequence) -> None:
         seq.demote_from = 0
-        for block in seq.table:
+        self._stop_streaming(seq.table)
+
+    def _stop_streaming(self, blocks: Iterable[Block]) -> None:
+        """What of these no running sequence reads."""
+        for block in blocks:
             if block.is_streamed and not is_read_by_running(block):
                 self.residency.unstage(block)
+
+    def pause(self, seq: Sequence) -> None:
+        """Stop a sequence that nobody reads, wherever it is, and keep its KV."""
+        if seq.state is State.RUNNING:
+            self._leave_lane(seq)
+        elif seq.state is State.PARKED:
+            self.parked.remove(seq)
+        elif seq.state is State.RESUMING:
+            self.resuming.remove(seq)
+        else:
+            self._leave_queue(seq)
+        seq.move_to(State.PAUSED)
+        self.paused.append(seq)
+        self._let_blocks_leave(seq)
+        self._free_followers(seq)  # they may be read, and it will not compute the prompt now
+        self.counts.pauses += 1
+
+    def _can_pause(self, seq: Sequence) -> bool:
+        """At once; others are when they come back, start over, or need not follow any more."""
+        is_bound = seq.is_follower or seq.id in self.damaged
+        return not is_bound and seq.state in _CAN_PAUSE
+
+    def _unpause(self, seq: Sequence) -> None:
+        """Somebody reads it again: it waits for its turn, with or without its KV."""
+        self.paused.remove(seq)
+        if seq.table:
+            seq.move_to(State.PARKED)
+            insort(self.parked, seq, key=_by_order)
+        else:
+            seq.move_to(State.WAITING)
+            self._enqueue(seq)
 
     def resume(self, seq: Sequence) -> None:
         """Its copies are under way; `swapped_in` will start it."""
@@ -377,21 +459,22 @@ class Schedule:
         self.resuming.append(seq)
 
     def drop(self, seq: Sequence) -> None:
-        """Give up a parked sequence's KV: all its tokens will be computed again.
+        """Give up a parked or paused sequence's KV: all its tokens will be computed again.
 
         Its iterations have settled, so no token is on its way to it.
         """
         assert seq.launches_in_flight == 0
-        self.parked.remove(seq)
         self._forget_kv(seq)
+        if seq.state is State.PARKED:
+            self.parked.remove(seq)
+            seq.move_to(State.WAITING)
+            self._enqueue(seq)
         self.counts.preemptions_recomputed += 1
 
     def _forget_kv(self, seq: Sequence) -> None:
-        """All its tokens are to be computed again; it is in no queue."""
+        """All its tokens are to be computed again."""
         self._release_table(seq)
         seq.num_launched = seq.num_settled = seq.num_sealed = seq.demote_from = 0
-        seq.move_to(State.WAITING)
-        self._enqueue(seq)
 
     def finish(self, seq: Sequence, reason: FinishReason) -> None:
         """Take a sequence out of its queue and its memory back."""
@@ -402,6 +485,8 @@ class Schedule:
             self.parked.remove(seq)
         elif state is State.RESUMING:
             self.resuming.remove(seq)
+        elif state is State.PAUSED:
+            self.paused.remove(seq)
         else:
             self._leave_queue(seq)
         seq.move_to(State.FINISHED)
@@ -432,6 +517,7 @@ class Schedule:
     def _release_table(self, seq: Sequence) -> None:
         for block in reversed(seq.table):  # a cached block without those before it is no use
             self.residency.release(block, seq)
+        self._stop_streaming(seq.table)  # to others that own it and do not run
         seq.table.clear()
         seq.dirty_from = None
 
@@ -514,6 +600,8 @@ class Schedule:
             if seq.state is State.WAITING:
                 self.num_waiting -= 1
                 self._enqueue(seq)
+                if not seq.is_read:
+                    self.pause(seq)
 
     # --- settling -----------------------------------------------------------------------------
 

@@ -17,16 +17,20 @@ class State(Enum):
     """Has a lane; in every iteration that has room for it."""
     PARKED = "parked"
     """Preempted with its KV kept: its blocks are the first to leave for the pool."""
+    PAUSED = "paused"
+    """Nobody reads its output. It keeps its KV, if it had some, as a parked one does, but does not
+    come back, and loses it first."""
     RESUMING = "resuming"
     """Coming back: the copies it needs before it can run are under way."""
     FINISHED = "finished"
 
 
 LEGAL_MOVES: dict[State, frozenset[State]] = {
-    State.WAITING: frozenset({State.RUNNING, State.FINISHED}),
-    State.RUNNING: frozenset({State.PARKED, State.FINISHED}),
-    State.PARKED: frozenset({State.RESUMING, State.WAITING, State.FINISHED}),
-    State.RESUMING: frozenset({State.RUNNING, State.WAITING, State.FINISHED}),
+    State.WAITING: frozenset({State.RUNNING, State.PAUSED, State.FINISHED}),
+    State.RUNNING: frozenset({State.PARKED, State.PAUSED, State.FINISHED}),
+    State.PARKED: frozenset({State.RESUMING, State.WAITING, State.PAUSED, State.FINISHED}),
+    State.PAUSED: frozenset({State.PARKED, State.WAITING, State.FINISHED}),
+    State.RESUMING: frozenset({State.RUNNING, State.WAITING, State.PAUSED, State.FINISHED}),
     State.FINISHED: frozenset(),
 }
 
@@ -52,6 +56,8 @@ class Sequence:
     prefix_root: bytes = b""
     """Its tenant's: what its first block's digest is chained to."""
     state: State = State.WAITING
+    is_read: bool = True
+    """Whether somebody takes its output."""
     is_follower: bool = False
     """Waits for another sequence of its request to compute their prompt."""
     lane: Lane | None = None

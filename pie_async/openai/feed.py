@@ -13,6 +13,9 @@ from pie_async.errors import EngineStopped
 from pie_async.openai.backend import OutputStream
 from pie_async.outputs import RequestOutput
 
+MOST_WAITING = 16
+"""Outputs that wait for a client; later ones of a stream wait in the engine, in one piece."""
+
 
 class Arrival(NamedTuple):
     """An output, which prompt it belongs to, and when it came (loop time, seconds)."""
@@ -25,9 +28,9 @@ class Arrival(NamedTuple):
 class OutputFeed:
     """Merges the streams of one HTTP request, in order of arrival.
 
-    One task per stream reads it as fast as it goes; what waits here is bounded by the
-    requests' `max_tokens`. Whoever builds a feed must `aclose()` it: that cancels whatever has
-    not finished.
+    One task per stream reads it as fast as it goes, until `MOST_WAITING` outputs wait here: a
+    client that takes nothing is then to the engine a reader that takes nothing. Whoever builds a
+    feed must `aclose()` it: that cancels whatever has not finished.
     """
 
     def __init__(self, streams: Sequence[OutputStream]) -> None:
@@ -36,6 +39,7 @@ class OutputFeed:
         self._arrived: deque[Arrival] = deque()
         self._error: BaseException | None = None
         self._waiter: asyncio.Future[None] | None = None
+        self._has_room = asyncio.Event()
         self._is_closing = False
         self._unfinished = {
             self._loop.create_task(self._pump(index, stream), name=f"feed-{stream.request_id}")
@@ -58,6 +62,7 @@ class OutputFeed:
         if self._arrived:
             arrivals = list(self._arrived)
             self._arrived.clear()
+            self._has_room.set()
             return arrivals
         if self._error is not None:
             raise self._error
@@ -86,6 +91,9 @@ class OutputFeed:
             ended.update(choice.index for choice in news.outputs if choice.finish_reason)
             self._arrived.append(Arrival(index, news, self._loop.time()))
             self._wake()
+            while len(self._arrived) >= MOST_WAITING:
+                self._has_room.clear()
+                await self._has_room.wait()
 
     def _pump_ended(self, pump: asyncio.Task[None]) -> None:
         self._unfinished.discard(pump)

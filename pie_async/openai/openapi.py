@@ -16,6 +16,7 @@ from pie_async.openai.responses import (
     Health,
     ModelCard,
     ModelList,
+    Readiness,
     Version,
 )
 
@@ -55,6 +56,7 @@ OPERATIONS = (
     Operation("/v1/models", "get", "The models served here", ModelList),
     Operation("/v1/models/{model}", "get", "One of them", ModelCard),
     Operation("/health", "get", "Whether the server is alive", Health, is_open=True),
+    Operation("/ready", "get", "Whether requests are admitted", Readiness),
     Operation("/metrics", "get", "Figures for Prometheus", "text/plain"),
     Operation("/version", "get", "The server's version", Version),
     Operation("/openapi.json", "get", "This document", "application/json"),

@@ -173,6 +173,12 @@ class Health(Response, frozen=True, kw_only=True):
     status: Literal["ok"] = "ok"
 
 
+class Readiness(Response, frozen=True, kw_only=True):
+    """Body of GET /ready while requests are admitted."""
+
+    status: Literal["ready"] = "ready"
+
+
 class Version(Response, frozen=True, kw_only=True):
     """Body of GET /version."""
 

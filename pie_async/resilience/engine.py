@@ -14,13 +14,15 @@ import msgspec
 
 from pie_async.assembly import Progress, Tokenizer
 from pie_async.config import EngineConfig
-from pie_async.errors import EngineStopped, InvalidRequest, Overloaded, PieError
+from pie_async.core.admission import Admission
+from pie_async.errors import EngineStopped, InvalidRequest, PieError
 from pie_async.ids import RequestId, SequenceId
 from pie_async.intake import Intake, Prompt, check_cache_salt
-from pie_async.messages import Cancel, Submit
+from pie_async.messages import Cancel, ReadingChanged, Submit
 from pie_async.metrics import EngineStats
 from pie_async.model_info import ModelInfo
 from pie_async.outputs import RequestOutput
+from pie_async.readers import Readers
 from pie_async.request_stream import RequestStream, SequenceOutput
 from pie_async.resilience.journal import Journal
 from pie_async.resilience.policy import RestartPolicy
@@ -62,11 +64,21 @@ class ResilientEngine:
             config = msgspec.structs.replace(config, **options)
         self.config = config
         self._streams: dict[str, RequestStream] = {}
+        self._admission = Admission(
+            most_requests=config.max_queued_requests, most_tokens=config.max_queued_tokens
+        )
         policy = policy or RestartPolicy()
         self._journal = Journal(most_deaths=policy.most_deaths_of_request, on_finished=self._forget)
+        self._readers = Readers(
+            self._streams.values,
+            patience_s=config.reader_patience_s,
+            changed=self._reading_changed,
+        )
         if faults is not None:
             arm(faults)  # refused here, not by a process that would start again and again
-        self._supervision = Supervision(config, policy, self._journal, faults)
+        self._supervision = Supervision(
+            config, policy, self._journal, faults, on_news=self._readers.note
+        )
         self._tokenizer: Tokenizer | None = None
         self._is_draining = False
         self._dice = random.Random(config.seed)
@@ -106,6 +118,7 @@ class ResilientEngine:
             drain_s: let accepted requests go on for this long; the rest is cancelled.
         """
         self._is_draining = True
+        self._readers.close()
         if drain_s > 0:
             with contextlib.suppress(TimeoutError, EngineStopped):
                 async with asyncio.timeout(drain_s):
@@ -121,6 +134,7 @@ class ResilientEngine:
             EngineStopped: the engine failed for good meanwhile.
         """
         self._is_draining = True
+        self._readers.close()  # everything is to be finished, read or not
         while self._streams:
             if self._emptied is None:
                 self._emptied = asyncio.get_running_loop().create_future()
@@ -180,6 +194,7 @@ class ResilientEngine:
         name = request_id if request_id is not None else f"request-{number}"
         if name in self._streams:
             raise InvalidRequest(f"request_id {name!r} is in use", param="request_id")
+        self._admission.check(now_s=_now_s(), num_tokens=params.n * len(tokens))
         stream = self._open_stream(name, prompt, tokens, params)
         command = Submit(
             request=number,
@@ -238,6 +253,7 @@ class ResilientEngine:
             cancel=self._cancel_stream,
             token_text=tokenizer.token_text,
         )
+        self._admission.enter(stream.num_queued_tokens)
         return stream
 
     def _cancel_stream(self, stream: RequestStream) -> None:
@@ -246,8 +262,12 @@ class ResilientEngine:
         if self._journal.close(stream):
             self._supervision.post(Cancel(sequences=sequences))
 
+    def _reading_changed(self, sequences: tuple[SequenceId, ...], is_read: bool) -> None:
+        self._supervision.post(ReadingChanged(sequences=sequences, is_read=is_read))
+
     def _forget(self, stream: RequestStream) -> None:
-        self._streams.pop(stream.request_id, None)
+        if self._streams.pop(stream.request_id, None) is not None:
+            self._admission.leave(stream.num_queued_tokens, now_s=_now_s())
         if not self._streams and self._emptied is not None:
             self._emptied.set_result(None)
             self._emptied = None
@@ -305,15 +325,14 @@ class ResilientEngine:
             if self.is_running:
                 state = "draining" if self._is_draining else "restarting"
             raise EngineStopped(f"the engine is {state} and accepts no requests")
-        if len(self._streams) >= self.config.max_queued_requests:
-            raise Overloaded(
-                f"{len(self._streams)} requests are queued, the most allowed "
-                "(max_queued_requests); try again later",
-                retry_after_s=1.0,
-            )
+        self._admission.check(now_s=_now_s())
 
     def _intake(self) -> Intake:
         return Intake(self.tokenizer, self.model)
+
+
+def _now_s() -> float:
+    return asyncio.get_running_loop().time()
 
 
 def _read_tokenizer(config: EngineConfig, vocab_size: int) -> Tokenizer:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 from pie_async.errors import PieError, SequenceLost
 from pie_async.ids import RequestId, SequenceId
-from pie_async.messages import Advance, SequencesAdvanced, Submit
+from pie_async.messages import Advance, ReadingChanged, SequencesAdvanced, Submit
 from pie_async.request_stream import RequestStream
 from pie_async.resilience.errors import RequestGivenUp
 from pie_async.resilience.replay import Course
@@ -36,8 +36,7 @@ class _Entry:
 
     def blame(self) -> None:
         """The engine died while it had this request."""
-        reached = sum(course.reached for course in self.courses.values())
-        # One that repeats its output has no new token for a while, and is not at the same place.
+        reached = sum(len(course.tokens) for course in self.courses.values())
         has_moved = abs(reached - self.died_at) > NEAR_TOKENS * len(self.courses)
         self.num_deaths = 1 if has_moved else self.num_deaths + 1
         self.died_at = reached
@@ -112,21 +111,14 @@ class Journal:
             why = f"{advance.lost_because}; send the request again"
             self.close(entry.stream, error=SequenceLost(why))
             return
-        try:
-            news = entry.courses[advance.sequence].take(advance)
-        except RequestGivenUp as error:
-            stopped += entry.courses
-            self.close(entry.stream, error=error)
-            return
-        if news is None:
-            return
+        entry.courses[advance.sequence].take(advance)
         entry.num_deaths = 0
         if self._on_trial == entry.first.request:
             self._on_trial = None
-        has_stopped = entry.stream.push(news)
+        has_stopped = entry.stream.push(advance)
         if has_stopped:
             stopped.append(advance.sequence)
-        if has_stopped or news.finish_reason is not None:
+        if has_stopped or advance.finish_reason is not None:
             del entry.courses[advance.sequence]
             del self._by_sequence[advance.sequence]
             if not entry.courses:
@@ -145,7 +137,7 @@ class Journal:
                 why = f"the engine died {entry.num_deaths} times while it ran this request"
                 self.close(entry.stream, error=RequestGivenUp(why))
 
-    def resume(self, max_model_len: int) -> Iterator[Submit]:
+    def resume(self, max_model_len: int) -> Iterator[Submit | ReadingChanged]:
         """What a new engine is told first, in the order in which requests came."""
         for number, entry in list(self._entries.items()):
             if entry.is_sent or number not in self._entries:
@@ -155,15 +147,17 @@ class Journal:
             else:
                 yield from self._resume(entry, max_model_len)
 
-    def try_next_suspect(self, max_model_len: int) -> Iterator[Submit]:
+    def try_next_suspect(self, max_model_len: int) -> Iterator[Submit | ReadingChanged]:
         """What the engine may be told besides, now."""
         while self._suspects and self._on_trial is None:
             number = self._suspects.popleft()
             if number in self._entries:
-                self._on_trial = number
-                yield from self._resume(self._entries[number], max_model_len)
+                entry = self._entries[number]
+                # One that nobody reads gets no token, and the others must not wait for it.
+                self._on_trial = number if entry.stream.is_read else None
+                yield from self._resume(entry, max_model_len)
 
-    def _resume(self, entry: _Entry, max_model_len: int) -> Iterator[Submit]:
+    def _resume(self, entry: _Entry, max_model_len: int) -> Iterator[Submit | ReadingChanged]:
         entry.is_sent = True
         for course in list(entry.courses.values()):
             if course.sequence not in self._by_sequence:
@@ -173,6 +167,8 @@ class Journal:
                 yield command
             else:
                 self._take(entry, Advance(course.sequence, None, "length"), [])
+        if not entry.stream.is_read and entry.courses:
+            yield ReadingChanged(sequences=tuple(entry.courses), is_read=False)
 
     def fail_all(self, error: PieError) -> None:
         """There will be no engine: every request ends with this error."""

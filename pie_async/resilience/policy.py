@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import msgspec
 
 from pie_async.errors import ConfigError
@@ -39,11 +41,12 @@ class RestartPolicy(msgspec.Struct, frozen=True, kw_only=True):
                 option="most_deaths_of_request",
             )
 
-    def pause_s(self, deaths_s: list[float]) -> float | None:
+    def pause_s(self, deaths_s: Sequence[float]) -> float | None:
         """How long to wait after the last death; None: give up.
 
         Args:
-            deaths_s: when the process died, ascending, in seconds of one clock.
+            deaths_s: when the process died, ascending, in seconds of one clock; at least the last
+                `most_restarts + 1`.
         """
         recent = sum(at_s > deaths_s[-1] - self.window_s for at_s in deaths_s)
         if recent > self.most_restarts:

@@ -15,6 +15,7 @@ from pie_async.errors import ConfigError, EngineStopped, PieError
 from pie_async.messages import Message
 from pie_async.resilience.wire import Failed, FromEngine, Start, Wire, WireError
 from pie_async.runtime.faults import FaultPlan
+from pie_async.runtime.watchdog import STUCK
 
 WORKER = (
     "-P",  # nothing is imported from the working directory
@@ -23,6 +24,8 @@ WORKER = (
     "from pie_async.resilience.worker import main; sys.exit(main(int(fd)))",
 )
 """The interpreter's arguments; a socket's number and the package's directory follow."""
+STACKS_S = 0.5
+"""For a silent process to write its stacks to standard error, which takes no lock of Python's."""
 LEAVE_S = 10.0
 """How long a process that was hung up on may take to end; then it is killed."""
 
@@ -103,24 +106,33 @@ class EngineProcess:
             await asyncio.sleep(silence_s / 4)
             quarters = quarters + 1 if heard == self._heard else 0
             heard = self._heard
+        self._send(signal.SIGUSR1)
+        await asyncio.sleep(STACKS_S)
         self.kill(f"it said nothing for {silence_s:g} s")
 
     async def buried(self) -> str:
         """Make sure that it has ended, and say why in a few words."""
         self._wire.close()
-        if self._process.returncode is None and self._quiet is None:
-            # It hung up; a moment for its own exit status.
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(LEAVE_S):
-                    await self._process.wait()
+        if self._quiet is None:  # it hung up; a moment for its own exit status
+            await self._await_end()
         if self._process.returncode is None:
             self.kill(self._quiet or "it hung up and did not end")
-        status = await self._process.wait()
+            await self._await_end()
+        status = self._process.returncode
+        if status is None:  # it sleeps in a driver, which no signal wakes it from
+            return f"{self._quiet}, and process {self.pid} does not even end when killed"
         if self._quiet is not None:
             return self._quiet
         if self._failed is not None:
             return self._failed.message
+        if status == STUCK:
+            return "it stood still and its watchdog ended it; the log above names the report"
         return f"signal {_name(-status)}" if status < 0 else f"exit status {status}"
+
+    async def _await_end(self) -> None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(LEAVE_S):
+                await self._process.wait()
 
     def refusal(self) -> PieError | None:
         """The error it ended with, as its own process raised it."""
@@ -138,8 +150,11 @@ class EngineProcess:
     def kill(self, why: str) -> None:
         """End it at once; `why` is what `buried` will say."""
         self._quiet = self._quiet or why
+        self._send(signal.SIGKILL)
+
+    def _send(self, number: signal.Signals) -> None:
         with contextlib.suppress(ProcessLookupError):
-            self._process.kill()
+            self._process.send_signal(number)
 
 
 def _name(number: int) -> str:

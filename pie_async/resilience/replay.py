@@ -1,9 +1,8 @@
-"""How a sequence goes on in a new engine: what is submitted, and what is made of the answers.
+"""How a sequence goes on in a new engine: its first command again, with the output that it has.
 
-A sequence's next token depends on the tokens before it, its seed and its position alone. So one
-whose tokens so far are given as its prompt goes on as if nothing had happened. Presence and
-frequency penalties also ask which of the tokens are output, and a prompt has none: with these
-the output is computed again from its start, and what was delivered is compared, not repeated.
+A sequence's next token depends on the tokens before it, on which of them are output (penalties and
+least lengths ask), on its seed and its position. A new engine is told all of these, so it goes on
+as one that lost its KV to preemption does.
 """
 
 from __future__ import annotations
@@ -12,47 +11,21 @@ import msgspec
 
 from pie_async.ids import SequenceId
 from pie_async.messages import Advance, Submit
-from pie_async.resilience.errors import RequestGivenUp
 from pie_async.sampling_params import SamplingParams
 
 
 class Course:
-    """One unfinished sequence: what it has, and what its current run still repeats."""
+    """One unfinished sequence and the output that its stream has."""
 
     def __init__(self, sequence: SequenceId, index: int) -> None:
         self.sequence = sequence
         self.index = index
         self.tokens: list[int] = []
-        self._num_repeated = 0
-        """Tokens of the current run that were compared."""
-        self._num_to_repeat = 0
 
-    @property
-    def reached(self) -> int:
-        """Output tokens that its current run has."""
-        is_repeating = self._num_repeated < self._num_to_repeat
-        return self._num_repeated if is_repeating else len(self.tokens)
-
-    def take(self, advance: Advance) -> Advance | None:
-        """What of this is news.
-
-        Raises:
-            RequestGivenUp: a repeated token is another one than was delivered.
-        """
-        token = advance.token
-        if token is None:
-            return advance
-        if self._num_repeated < self._num_to_repeat:
-            if token.token != self.tokens[self._num_repeated]:
-                raise RequestGivenUp(
-                    "the engine was restarted and did not compute the same output again"
-                )
-            self._num_repeated += 1
-            return None
-        if advance.cached_tokens and self.tokens:  # of a prompt that holds output
-            advance = Advance(advance.sequence, token, advance.finish_reason, advance.stop_token)
-        self.tokens.append(token.token)
-        return advance
+    def take(self, advance: Advance) -> None:
+        """Remember what the stream is about to be given."""
+        if advance.token is not None:
+            self.tokens.append(advance.token.token)
 
     def resume(self, first: Submit, max_model_len: int) -> Submit | None:
         """The command that lets it go on; None if there is no room left for a next token.
@@ -61,27 +34,16 @@ class Course:
             first: the command that the request began with.
             max_model_len: the new engine's, which may have got less memory.
         """
-        num_tokens = len(self.tokens)
-        sampling, prompt = first.sampling, first.prompt_tokens
-        max_tokens = first.max_tokens
-        self._num_repeated = self._num_to_repeat = 0
-        if self.tokens and sampling.presence_penalty == sampling.frequency_penalty == 0.0:
-            prompt = (*prompt, *self.tokens)
-            max_tokens -= num_tokens
-            sampling = msgspec.structs.replace(
-                sampling, min_tokens=max(0, sampling.min_tokens - num_tokens)
-            )
-        else:
-            self._num_to_repeat = num_tokens
-        if num_tokens or self.index:  # their reader has the prompt's logprobs, or the first's
-            sampling = msgspec.structs.replace(sampling, prompt_logprobs=None)
-        max_tokens = min(max_tokens, max_model_len - len(prompt))
-        if max_tokens < 1 + self._num_to_repeat:
+        max_tokens = min(first.max_tokens, max_model_len - len(first.prompt_tokens))
+        if max_tokens <= len(self.tokens):
             return None
+        sampling = first.sampling
+        if self.tokens or self.index:  # their reader has the prompt's logprobs, or the first's
+            sampling = msgspec.structs.replace(sampling, prompt_logprobs=None)
         return msgspec.structs.replace(
             first,
             sequences=(self.sequence,),
-            prompt_tokens=prompt,
+            output_tokens=tuple(self.tokens),
             sampling=sampling,
             seed=first.seed + self.index,
             max_tokens=max_tokens,

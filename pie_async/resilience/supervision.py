@@ -6,13 +6,15 @@ import asyncio
 import logging
 import os
 import signal
+from collections import deque
+from collections.abc import Callable
 
 import msgspec
 
 from pie_async.assembly import Progress
 from pie_async.config import EngineConfig
 from pie_async.errors import EngineStopped, PieError
-from pie_async.messages import Cancel, SequencesAdvanced, Submit
+from pie_async.messages import Cancel, ReadingChanged, SequencesAdvanced, Submit
 from pie_async.metrics import EngineStats
 from pie_async.model_info import ModelInfo
 from pie_async.resilience.journal import Journal
@@ -33,16 +35,20 @@ class Supervision:
         policy: RestartPolicy,
         journal: Journal,
         faults: FaultPlan | None = None,
+        *,
+        on_news: Callable[[], None],
     ) -> None:
+        """`on_news` is called when streams got output."""
         self._config = config
         self._policy = policy
         self._journal = journal
+        self._on_news = on_news
         self._plan = None if faults is None else faults.without(ApiKilled)
         self._faults = None if faults is None else Faults(faults.only(ApiKilled))
         self._process: EngineProcess | None = None
         self._model: ModelInfo | None = None
         self._watch: asyncio.Task[None] | None = None
-        self._deaths_s: list[float] = []
+        self._deaths_s: deque[float] = deque(maxlen=policy.most_restarts + 1)
         self._ended = asyncio.Event()
         self.is_ready = False
         """Whether there is a process that takes requests."""
@@ -93,8 +99,8 @@ class Supervision:
         if self._process is not None and self.is_ready:
             await self._process.send(command)
 
-    def post(self, command: Cancel) -> None:
-        """Tell it what to end; without a process there is nothing to end."""
+    def post(self, command: Cancel | ReadingChanged) -> None:
+        """Tell it what to end, or who reads; without a process the journal will tell the next."""
         if self._process is not None and self.is_ready:
             self._process.post(command)
             self._try_next_suspect()
@@ -205,6 +211,7 @@ class Supervision:
                 if self._faults is not None and self._faults.at(ApiKilled):
                     os.kill(os.getpid(), signal.SIGKILL)
                 stopped = self._journal.take(message)
+                self._on_news()
                 if stopped and self._process is not None:
                     self._process.post(Cancel(sequences=tuple(stopped), reason="stop"))
                 self._try_next_suspect()

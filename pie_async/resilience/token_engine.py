@@ -11,13 +11,14 @@ import msgspec
 from pie_async.assembly import Parts, Progress, assemble
 from pie_async.config import EngineConfig
 from pie_async.errors import EngineStopped, MailboxClosed
-from pie_async.messages import AnyMessage, Cancel, SequencesAdvanced, Submit
+from pie_async.messages import AnyMessage, Cancel, ReadingChanged, SequencesAdvanced, Submit
 from pie_async.metrics import EngineStats
 from pie_async.model_info import ModelInfo
 from pie_async.request_stream import RequestStream
 from pie_async.runtime.faults import ApiKilled, FaultPlan, Faults
 from pie_async.runtime.faulty_actors import log_on_full_disk
 from pie_async.story import Story
+from pie_async.watching import watch_engine
 from pie_async.wiring import Actors, arm
 
 _log = logging.getLogger(__name__)
@@ -57,6 +58,7 @@ class TokenEngine:
         parts.device.start(loop)
         self._parts = parts
         self._started_s = loop.time()
+        self._config = config
         self._story = _Tap(loop.time, advanced)
         self._actors = Actors(
             parts,
@@ -106,7 +108,7 @@ class TokenEngine:
             uptime_s=asyncio.get_running_loop().time() - self._started_s,
         )
 
-    async def tell(self, command: Submit | Cancel) -> None:
+    async def tell(self, command: Submit | Cancel | ReadingChanged) -> None:
         """Pass a command on, waiting while many are waiting.
 
         Raises:
@@ -127,13 +129,17 @@ class TokenEngine:
             await self._run()
 
     async def _run(self) -> None:
+        watchdog = watch_engine(self._actors, self._config, self._story, stop=None)
         try:
             await self._actors.supervisor.run()
         except EngineStopped as failure:
             _log.error("%s; what happened last:\n%s", failure, self._story.tell())
             raise
         finally:
-            self._parts.device.close()
+            if watchdog is not None:
+                watchdog.close()
+            if self._actors.supervisor.is_drained:
+                self._parts.device.close()
 
 
 def _no_streams(_stream: RequestStream) -> None:

@@ -14,7 +14,7 @@ import msgspec
 
 from pie_async.config import EngineConfig
 from pie_async.errors import ConfigError, InvalidRequest, PieError
-from pie_async.messages import Cancel, Message, SequencesAdvanced, Submit
+from pie_async.messages import Cancel, Message, ReadingChanged, SequencesAdvanced, Submit
 from pie_async.metrics import EngineStats
 from pie_async.model_info import ModelInfo
 from pie_async.runtime.faults import FaultPlan
@@ -80,7 +80,7 @@ class Failed(Message, frozen=True, kw_only=True):
     """As in `ConfigError`."""
 
 
-ToEngine = Start | Submit | Cancel
+ToEngine = Start | Submit | Cancel | ReadingChanged
 FromEngine = Loading | Ready | Shortened | Alive | Failed | SequencesAdvanced
 
 M = TypeVar("M")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import faulthandler
 import gc
 import os
 import select
@@ -124,6 +125,8 @@ def main(fd: int) -> int:
     # The front decides when this ends: what is sent to all processes of a group is its to handle.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+    faulthandler.enable()
+    faulthandler.register(signal.SIGUSR1)  # which the front sends before it kills a silent one
     connection = socket.socket(fileno=fd)
     watched = connection.dup()
     threading.Thread(target=_end_with, args=(watched,), name="pie-orphan", daemon=True).start()

@@ -22,6 +22,8 @@ class Mailbox(Generic[M]):
     def __init__(self, name: str, capacity: int) -> None:
         self.name = name
         self.capacity = capacity
+        self.num_read = 0
+        """Messages that its reader took."""
         self._mail: deque[M] = deque()
         self._reader: asyncio.Future[None] | None = None
         self._writers: deque[asyncio.Future[None]] = deque()
@@ -77,6 +79,7 @@ class Mailbox(Generic[M]):
             finally:
                 self._reader = None
         message = self._mail.popleft()
+        self.num_read += 1
         self._wake_writer()
         return message
 

@@ -9,6 +9,9 @@ from typing import Any, Protocol
 from pie_async.errors import EngineStopped
 from pie_async.runtime.actor import Actor
 
+DRAIN_S = 30.0
+"""A device that takes longer to finish what was issued is given up."""
+
 
 class Drainable(Protocol):
     async def drain(self) -> None:
@@ -26,9 +29,11 @@ class Supervisor:
         self._actors = actors  # consumers first, so no fact lacks a reader
         self._device = device
         self._tasks: list[asyncio.Task[None]] = []
+        self.is_drained = False
+        """Whether everything issued is over, so that memory can be freed."""
 
     async def run(self) -> None:
-        """Return when every actor has stopped and the device is idle.
+        """Return when every actor has stopped and the device is idle, or given up.
 
         Raises:
             EngineStopped: an actor failed; `__cause__` holds the errors.
@@ -44,7 +49,12 @@ class Supervisor:
         finally:
             for actor in self._actors:
                 actor.mailbox.close()
-            await asyncio.shield(self._device.drain())
+            drained = asyncio.ensure_future(self._device.drain())
+            try:
+                await asyncio.wait([drained], timeout=DRAIN_S)
+            finally:
+                self.is_drained = drained.done()
+                drained.cancel()
 
     async def close(self) -> None:
         """Stop the actors, producers first, each when the ones before it have ended.

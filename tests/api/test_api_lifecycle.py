@@ -12,9 +12,8 @@ import pytest
 from aiohttp import web
 
 from pie_async.api import create_app, serve
-from pie_async.api.liveness import Liveness
+from pie_async.api.sse import send_body
 from pie_async.errors import ConfigError
-from pie_async.metrics import EngineStats
 from tests.support.fake_engine import FakeEngine
 
 pytestmark = pytest.mark.realtime
@@ -64,7 +63,7 @@ async def test_client_that_resets_the_connection_has_all_its_prompts_cancelled(s
 
 async def test_client_that_takes_nothing_is_cut_off(start) -> None:
     # far more than all socket buffers hold, against a reader that never reads
-    engine = FakeEngine(reply="x" * 200_000)
+    engine = FakeEngine(reply="x" * 20_000)
     server = await start(engine, stall_timeout_s=0.05)
     host, port = server.runner.addresses[0]
     payload = b'{"messages": [{"role": "user", "content": "Hi"}], "stream": true}'
@@ -75,6 +74,42 @@ async def test_client_that_takes_nothing_is_cut_off(start) -> None:
         )
         await soon(engine.cancelled)
     assert engine.open_ids == set()
+
+
+class LongAnswer:
+    """More than all socket buffers hold."""
+
+    response_id = "long"
+
+    async def body(self) -> bytes:
+        return b"[" + b" " * 16_000_000 + b"]"
+
+
+async def test_client_that_takes_nothing_of_a_long_body_is_cut_off_and_a_slow_one_is_not(
+    start,
+) -> None:
+    ended = asyncio.Event()
+
+    async def handler(request: web.Request) -> web.StreamResponse:
+        try:
+            return await send_body(request, LongAnswer(), stall_timeout_s=0.2)
+        finally:
+            ended.set()
+
+    app = web.Application()
+    app.router.add_get("/long", handler)
+    server = await start(FakeEngine(), app=app)
+    async with server.http.get("/long") as reply:
+        num_bytes = 0
+        while piece := await reply.content.read(2**20):
+            num_bytes += len(piece)
+            await asyncio.sleep(0.02)
+    assert num_bytes == 16_000_002
+    ended.clear()
+    host, port = server.runner.addresses[0]
+    with socket.create_connection((host, port)) as client:
+        client.sendall(b"GET /long HTTP/1.1\r\nHost: x\r\n\r\n")
+        await soon(ended)
 
 
 async def test_application_works_mounted_in_another_one(start) -> None:
@@ -196,13 +231,3 @@ async def test_foreign_host_is_a_config_error_that_names_the_host() -> None:
     with pytest.raises(ConfigError, match=r"192\.0\.2\.1") as refused:
         await serve(FakeEngine(), host="192.0.2.1", port=0)
     assert refused.value.option == "host"
-
-
-def test_engine_without_progress_is_stuck_only_while_sequences_run() -> None:
-    liveness = Liveness(stuck_after_s=10)
-    busy = EngineStats(running=1, iterations=5)
-    assert not liveness.is_stuck(EngineStats(running=0, iterations=5), now_s=0)
-    assert not liveness.is_stuck(EngineStats(running=0, iterations=5), now_s=1000)
-    assert not liveness.is_stuck(busy, now_s=1001)
-    assert liveness.is_stuck(busy, now_s=1012)
-    assert not liveness.is_stuck(EngineStats(running=1, iterations=6), now_s=1013)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 
 import pie_async
+from pie_async.api.app import IN_FLIGHT
+from pie_async.api.liveness import STUCK_AFTER_S
 from pie_async.metrics import EngineStats
 from pie_async.sampling_params import SamplingParams
 from tests.support.fake_engine import CACHED_TOKENS, FakeEngine
@@ -251,6 +254,32 @@ async def test_health_follows_the_engine_and_not_its_load(start) -> None:
     async with server.http.get("/health") as reply:
         assert reply.status == 503
         assert "Retry-After" in reply.headers
+
+
+async def test_health_is_that_of_the_last_iteration(start) -> None:
+    hanging = EngineStats(running=1, iterations=5, pending_s=STUCK_AFTER_S + 1)
+    first = msgspec.structs.replace(hanging, iterations=0)  # kernels are compiled
+    long = msgspec.structs.replace(hanging, pending_s=STUCK_AFTER_S - 1)
+    server = await start(engine := FakeEngine())
+    for snapshot, status in ((first, 200), (long, 200), (hanging, 503), (EngineStats(), 200)):
+        engine.snapshot = snapshot
+        async with server.http.get("/health") as reply:
+            assert reply.status == status
+
+
+async def test_ready_is_whether_requests_are_admitted(start) -> None:
+    engine = FakeEngine()
+    server = await start(engine)
+    async with server.http.get("/ready") as reply:
+        assert (reply.status, await reply.json()) == (200, {"status": "ready"})
+    engine.is_accepting = False  # restarting, or draining
+    async with server.http.get("/ready") as reply:
+        assert reply.status == 503
+        assert "Retry-After" in reply.headers
+    engine.is_accepting = True
+    server.runner.app[IN_FLIGHT].drain()
+    async with server.http.get("/ready") as reply:
+        assert reply.status == 503
 
 
 async def test_metrics_show_the_engine_and_what_clients_waited_for(start) -> None:

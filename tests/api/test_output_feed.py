@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from pie_async.errors import EngineStopped
-from pie_async.openai.feed import OutputFeed
+from pie_async.openai.feed import MOST_WAITING, OutputFeed
 from pie_async.openai.latency import RequestLatency
 from pie_async.outputs import CompletionOutput, RequestOutput
 from pie_async.sampling_params import SamplingParams
@@ -42,6 +42,20 @@ async def test_silence_is_an_empty_list_after_exactly_that_long() -> None:
     started_s = loop.time()
     assert await feed.next_arrivals(silence_s=7.5) == []
     assert loop.time() - started_s == pytest.approx(7.5)
+    await feed.aclose()
+
+
+async def test_what_waits_for_a_client_is_bounded_and_the_rest_comes_when_it_reads_on() -> None:
+    text = "".join(map(chr, range(65, 165)))
+    engine = FakeEngine(reply=text)
+    feed = await open_feed(engine, prompts=2)
+    await asyncio.sleep(1)
+    arrivals = await feed.next_arrivals(silence_s=60)
+    assert arrivals is not None and len(arrivals) <= MOST_WAITING + 1
+    first = ["".join(a.output.outputs[0].text for a in arrivals if a.prompt_index == i)
+             for i in range(2)]  # fmt: skip
+    rest = await drain(feed)
+    assert [start + end for start, end in zip(first, rest, strict=True)] == [text, text]
     await feed.aclose()
 
 

@@ -75,6 +75,24 @@ def test_a_sequence_ends_at_its_length_with_exactly_that_many_tokens():
     assert_all_returned(device.schedule)
 
 
+def test_output_that_a_sequence_brings_counts_and_is_not_sampled_again():
+    """Another engine had computed it."""
+    device = a_device(eos_ids=(EOS,))
+    had = (5, 5, 6)
+    options = {"output_tokens": had, "min_tokens": 5, "frequency_penalty": 0.5}
+    (sequence,) = device.submit(6, 7, **options)
+    plan = device.plan()
+    assert plan.rows[0].tokens[-3:] == had
+    assert plan.bindings[0].prompt_len == 6
+    assert plan.bindings[0].history[6:] == had
+    device.settle({sequence: EOS})  # the fourth of at least five
+    device.run()
+    assert device.outputs[sequence] == [EOS, *[token_at(sequence, 10 + i) for i in range(3)]]
+    assert ends(device) == [(sequence, "length", None)]
+    assert [advance.cached_tokens for advance in device.advances] == [0] * 4
+    assert_all_returned(device.schedule)
+
+
 def test_the_models_end_of_sequence_ends_it_without_a_stop_token():
     device = a_device(eos_ids=(EOS,))
     (sequence,) = device.submit(6, 50)

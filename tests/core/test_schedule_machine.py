@@ -81,6 +81,13 @@ class ScheduleMachine(RuleBasedStateMachine):
         self.device.cancel(sequences[which % len(sequences)])
         self.device.plan_ahead()
 
+    @precondition(lambda self: self.schedule.sequences)
+    @rule(which=st.integers(0), is_read=st.booleans())
+    def reading_changed(self, which, is_read):
+        sequences = list(self.schedule.sequences)
+        self.schedule.reading_changed([sequences[which % len(sequences)]], is_read=is_read)
+        self.device.plan_ahead()
+
     @precondition(lambda self: self.device.num_flying)
     @rule(unstaged=FAILURES)
     def settle(self, unstaged):
@@ -123,6 +130,7 @@ class ScheduleMachine(RuleBasedStateMachine):
 
 def finish(device: PerfectDevice, starts: dict[int, int], wanted: dict[int, int]) -> None:
     """Drive on: every sequence ends, with its own tokens, and all slots return."""
+    device.schedule.drain()  # also those that nobody reads
     device.run()
     assert_all_returned(device.schedule)
     for sequence, max_tokens in wanted.items():
@@ -161,54 +169,76 @@ def _failed(dice: random.Random, share: float) -> int:
 
 
 def _random_history(dice: random.Random) -> None:
-    device_slots, host_slots = dice.randint(4, 14), dice.choice([0, 1, 3, 8, 30])
-    schedule = a_schedule(
-        device_slots=device_slots,
-        host_slots=host_slots,
-        streamed_limit=dice.choice([0, 0, 1, 5, 1000]),
-        token_budget=dice.choice([1, 6, 16, 64]),
-        max_running=dice.choice([1, 2, 5]),
-    )
-    schedule.worth_awaiting_tokens = dice.choice([1, 8, 1000])
-    device = PerfectDevice(schedule, iterations_in_flight=dice.choice([1, 2]))
-    longest = (device_slots + host_slots - SPARE_SLOTS) * BLOCK_TOKENS
-    starts: dict[int, int] = {}
-    wanted: dict[int, int] = {}
-
-    def submit() -> None:
-        if len(schedule.sequences) >= 12:
-            return
-        most = min(longest, 24) if dice.random() < 0.7 else longest
-        prompt_len = dice.randint(1, most - 1)
-        max_tokens = dice.randint(1, most - prompt_len)
-        prompt = [dice.randrange(3)] * prompt_len
-        options = {"n": dice.choice([1, 1, 2, 3]), "priority": dice.choice([0, 0, 1])}
-        options["cache_salt"] = dice.choice([None, None, "a"])
-        for sequence in device.submit(prompt, max_tokens, **options):
-            starts[sequence], wanted[sequence] = prompt_len, max_tokens
-
-    def cancel() -> None:
-        if schedule.sequences:
-            device.cancel(dice.choice(list(schedule.sequences)))
-
-    def change_limit() -> None:
-        schedule.streamed_limit = min(dice.choice([0, 0, 1, 2, 6, 1000]), host_slots)
-
-    def go_on() -> None:
-        for _ in range(dice.randint(1, 20)):
-            device.step()
-
-    happenings = [submit, cancel, change_limit, go_on]
+    history = _History(dice)
+    happenings = [
+        history.submit,
+        history.cancel,
+        history.change_reading,
+        history.change_limit,
+        history.go_on,
+    ]
+    device = history.device
     fails = dice.choice([0.0, 0.0, 0.05, 0.5])
-
     completions = [
         lambda: device.num_flying and device.settle(unstaged=_failed(dice, fails)),
         lambda: device.swap_outs and device.finish_swap_out(failed=_failed(dice, fails)),
         lambda: device.swap_ins and device.finish_swap_in(failed=_failed(dice, fails)),
     ]
     for _ in range(dice.choice([10, 40, 100])):
-        weights = [3, 1, 1, 2, 6, 4, 4]
+        weights = [3, 1, history.restlessness, 1, 2, 6, 4, 4]
         dice.choices(happenings + completions, weights)[0]()
-        invariants.check(schedule)
+        invariants.check(history.schedule)
         device.plan_ahead()
-    finish(device, starts, wanted)
+    finish(device, history.starts, history.wanted)
+
+
+class _History:
+    """What may happen to a scheduler over memories drawn from `dice`."""
+
+    def __init__(self, dice: random.Random) -> None:
+        self._dice = dice
+        device_slots, self._host_slots = dice.randint(4, 14), dice.choice([0, 1, 3, 8, 30])
+        self.schedule = a_schedule(
+            device_slots=device_slots,
+            host_slots=self._host_slots,
+            streamed_limit=dice.choice([0, 0, 1, 5, 1000]),
+            token_budget=dice.choice([1, 6, 16, 64]),
+            max_running=dice.choice([1, 2, 5]),
+        )
+        self.schedule.worth_awaiting_tokens = dice.choice([1, 8, 1000])
+        self.device = PerfectDevice(self.schedule, iterations_in_flight=dice.choice([1, 2]))
+        self.restlessness = dice.choice([0, 1, 4])
+        """How often readers stop and go on."""
+        self._longest = (device_slots + self._host_slots - SPARE_SLOTS) * BLOCK_TOKENS
+        self.starts: dict[int, int] = {}
+        self.wanted: dict[int, int] = {}
+
+    def submit(self) -> None:
+        dice = self._dice
+        if len(self.schedule.sequences) >= 12:
+            return
+        most = min(self._longest, 24) if dice.random() < 0.7 else self._longest
+        prompt_len = dice.randint(1, most - 1)
+        max_tokens = dice.randint(1, most - prompt_len)
+        prompt = [dice.randrange(3)] * prompt_len
+        options = {"n": dice.choice([1, 1, 2, 3]), "priority": dice.choice([0, 0, 1])}
+        options["cache_salt"] = dice.choice([None, None, "a"])
+        for sequence in self.device.submit(prompt, max_tokens, **options):
+            self.starts[sequence], self.wanted[sequence] = prompt_len, max_tokens
+
+    def cancel(self) -> None:
+        if self.schedule.sequences:
+            self.device.cancel(self._dice.choice(list(self.schedule.sequences)))
+
+    def change_reading(self) -> None:
+        if self.schedule.sequences:
+            some = self._dice.choices(list(self.schedule.sequences), k=self._dice.choice([1, 3]))
+            self.schedule.reading_changed(some, is_read=self._dice.random() < 0.5)
+
+    def change_limit(self) -> None:
+        limit = self._dice.choice([0, 0, 1, 2, 6, 1000])
+        self.schedule.streamed_limit = min(limit, self._host_slots)
+
+    def go_on(self) -> None:
+        for _ in range(self._dice.randint(1, 20)):
+            self.device.step()

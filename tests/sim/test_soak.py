@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from scripts._soak.many_requests import run_many
 from tests.support.soak import Scenario, compare, run
 
 SEEDS = 32
@@ -50,6 +51,13 @@ def test_the_soak_script_runs_seeds_and_says_so():
     )
     assert ran.returncode == 0, ran.stderr
     assert "2 of 2 seeds passed" in ran.stdout
+
+
+def test_many_requests_give_everything_back():
+    outcome = run_many(200, seed=1)  # 100,000 by the script
+    assert outcome.ends["cancelled"] > 30
+    assert outcome.ends["finished"] > 80
+    assert outcome.stats.pauses > 0
 
 
 def test_a_failing_seed_names_the_command_that_replays_it(monkeypatch: pytest.MonkeyPatch):

@@ -97,6 +97,7 @@ class PerfectDevice:
         n: int = 1,
         priority: int = 0,
         cache_salt: str | None = None,
+        output_tokens: tuple[int, ...] = (),
         **sampling,
     ) -> list[int]:
         """Submit a prompt (or one of that many distinct tokens); its sequences' ids."""
@@ -113,6 +114,7 @@ class PerfectDevice:
                 request=RequestId(first),
                 sequences=tuple(SequenceId(s) for s in ids),
                 prompt_tokens=tuple(tokens),
+                output_tokens=output_tokens,
                 sampling=params,
                 seed=first,
                 max_tokens=max_tokens,
@@ -143,7 +145,7 @@ class PerfectDevice:
 
     def plan_ahead(self) -> None:
         """Plan until enough is in flight or nothing more can be launched."""
-        while len(self._flying) < self._depth and not self.schedule.is_idle:
+        while len(self._flying) < self._depth and not self.schedule.is_resting:
             if not self.plan().rows:
                 return
 

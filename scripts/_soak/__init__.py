@@ -1,0 +1,1 @@
+"""Long runs of one simulated engine."""
