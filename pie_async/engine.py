@@ -139,7 +139,9 @@ class Engine:
         assert self._actors is not None and self.story is not None
         supervisor = self._actors.supervisor
         stop = None if self._exits_when_stuck else self._stop_stuck
-        watchdog = watch_engine(self._actors, self.config, self.story, stop=stop)
+        watchdog = watch_engine(
+            self._actors, self.config, self.story, faults=self.faults, stop=stop
+        )
         try:
             await supervisor.run()
         except EngineStopped as failure:

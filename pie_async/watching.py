@@ -10,6 +10,7 @@ import msgspec
 
 from pie_async.config import EngineConfig
 from pie_async.errors import EngineStuck
+from pie_async.runtime.faults import Faults
 from pie_async.runtime.report import Sections, write_report
 from pie_async.runtime.watchdog import STUCK, Turns, Watchdog, Watched
 from pie_async.story import Story
@@ -26,11 +27,13 @@ def watch_engine(
     config: EngineConfig,
     story: Story,
     *,
+    faults: Faults | None = None,
     stop: Stop | None,
 ) -> Watchdog | None:
     """Start to watch an engine's actors, its device and the running loop; None: switched off.
 
     Args:
+        faults: the plan that is running, if one is: the report tells it, and what has bitten.
         stop: called on the loop if the engine stands still. None: the process is the engine's own
             and ends, for whatever holds it up may hold up its end as well.
     """
@@ -39,6 +42,8 @@ def watch_engine(
         "configuration": lambda: _lines(config),
         "story": lambda: story.tell(last=TOLD),
     }
+    if faults is not None:
+        sections["faults"] = lambda: f"{_lines(faults.plan)}\nbites: {dict(faults.bites)}"
     return _watch(config, actors.watched, sections, stop=stop)
 
 

@@ -14,6 +14,7 @@ from pie_async.resilience import process
 from pie_async.resilience.engine import ResilientEngine
 from pie_async.resilience.policy import RestartPolicy
 from pie_async.runtime import supervisor
+from pie_async.runtime.faults import EventNeverFires, FaultPlan
 
 pytestmark = pytest.mark.realtime
 
@@ -45,6 +46,24 @@ async def test_an_embedded_engine_stops_with_a_typed_error_and_a_report(tmp_path
     async with asyncio.timeout(5.0):
         await engine.aclose()
     may_go_on.set()
+
+
+async def test_an_event_that_never_fires_is_found_and_the_report_tells_the_plan(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(supervisor, "DRAIN_S", 0.2)
+    plan = FaultPlan(faults=(EventNeverFires(at=(30,), streams=("compute",)),))
+    engine = Engine(CONFIG, faults=plan, report_dir=str(tmp_path))
+    await engine.start()
+    with pytest.raises(EngineStuck, match="stood still for 1 s"):
+        async for _ in engine.generate(PROMPT, LONG):
+            pass
+    (report,) = tmp_path.iterdir()
+    text = report.read_text()
+    assert "EventNeverFires(at=(30,)" in text
+    assert "bites: {'event_never_fires': 1}" in text
+    async with asyncio.timeout(5.0):
+        await engine.aclose()
 
 
 async def test_an_application_that_blocks_its_own_loop_gets_a_report_and_keeps_its_engine(tmp_path):
