@@ -367,11 +367,11 @@ def layout_of(driver: FakeDriver, weight_bytes: float, **options) -> KvLayout:
 def test_layer_groups_are_as_many_as_boundaries_allow(monkeypatch, caplog):
     monkeypatch.setattr(rates, "measure_boundary", lambda driver: 4.3e-6)
     caplog.set_level("INFO")
-    assert layout_of(FakeDriver(), 4.5e9).num_groups == 10
-    assert layout_of(FakeDriver(), 65e9).num_groups == 16
+    assert layout_of(FakeDriver(), 2.6e9).num_groups == 6
+    assert layout_of(FakeDriver(), 65e9).num_groups == 8
     assert layout_of(FakeDriver(), 1e8).num_groups == 4
-    assert "10 layer groups, 2 of them in the staging ring: a boundary" in caplog.text
-    assert "4.3 us, the shortest iteration 4.50 ms" in caplog.text
+    assert "6 layer groups, 2 of them in the staging ring: a boundary" in caplog.text
+    assert "4.3 us, the shortest iteration 2.60 ms" in caplog.text
 
 
 @pytest.mark.parametrize("options", [{"layer_group": 8}, {"host_pool_bytes": 0}])
