@@ -14,7 +14,9 @@ from pie_async.cuda.streams import CudaStream
 if TYPE_CHECKING:
     from pie_async.cuda.driver import Driver as StreamDriver
 
-_BACKLOG, _BOUNDARIES = 4, 64
+_BOUNDARIES = 64
+_BACKLOG_S = 0.01
+"""Longer than issuing the boundaries takes the host, whose time would be measured otherwise."""
 _SIZE = 8192
 _COPY_BYTES = 2**30
 _ROUNDS = 5
@@ -47,23 +49,16 @@ def measure_rates(
     return Rates(2 * size**3 / product_s, copy_bytes / copy_s)
 
 
-def measure_boundary(driver: StreamDriver, *, size: int = _SIZE) -> float:
+def measure_boundary(driver: StreamDriver) -> float:
     """Seconds that compute loses between two layer groups: a launch, and a wait for an event of a
-    copy stream between two events that time it, as the launcher issues them.
-
-    They are issued behind products that take longer than issuing them does; otherwise the host's
-    time would be measured.
-    """
-    factor = torch.ones(size, size, dtype=torch.bfloat16, device=driver.device)
-    product, counter = torch.empty_like(factor), torch.zeros(1, device=driver.device)
-    torch.mm(factor, factor, out=product)
-    counter.add_(1)  # both once before: loading a kernel takes the host longer than the backlog
-    driver.synchronize_device()  # all that was on torch's own stream
+    copy stream between two events that time it, as the launcher issues them."""
+    counter = torch.zeros(1, device=driver.device)
+    counter.add_(1)  # once before: loading a kernel takes the host longer than a backlog lasts
+    driver.synchronize_device()  # it was on torch's own stream
     compute, h2d = CudaStream("compute", driver), CudaStream("h2d", driver)
     try:
+        compute.delay(_BACKLOG_S)
         with driver.torch_on(compute.handle):
-            for _ in range(_BACKLOG):
-                torch.mm(factor, factor, out=product)
             began = last = compute.record()
             for _ in range(_BOUNDARIES):
                 compute.wait(h2d.record())
@@ -77,7 +72,7 @@ def measure_boundary(driver: StreamDriver, *, size: int = _SIZE) -> float:
         driver.synchronize_device()
         compute.close()
         h2d.close()
-    del factor, product, counter
+    del counter
     driver.trim()
     took_s = last.busy_s + last.waited_s - began.busy_s - began.waited_s
     return took_s / _BOUNDARIES

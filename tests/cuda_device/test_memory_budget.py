@@ -339,7 +339,7 @@ def test_rates_are_measured_on_the_drivers_device():
 
 def test_a_boundary_between_layer_groups_is_measured_and_everything_given_back():
     driver = FakeDriver()
-    boundary_s = measure_boundary(driver, size=16)
+    boundary_s = measure_boundary(driver)
     assert 0 < boundary_s < 1
     assert driver.leftovers() == []
     assert driver.streams == {}
@@ -349,7 +349,7 @@ def test_a_fault_while_a_boundary_is_measured_is_raised_and_everything_given_bac
     driver = FakeDriver()
     driver.failing = "as the test asked"
     with pytest.raises(DeviceFault):
-        measure_boundary(driver, size=16)
+        measure_boundary(driver)
     assert driver.leftovers() == []
     assert driver.streams == {}
 
