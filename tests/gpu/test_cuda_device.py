@@ -57,7 +57,7 @@ def real_driver():
 
 def test_a_boundary_between_layer_groups_takes_microseconds(driver) -> None:
     if isinstance(driver, FakeDriver):
-        assert 0 < measure_boundary(driver, size=16) < 1
+        assert 0 < measure_boundary(driver) < 1
     else:
         assert 0.5e-6 < measure_boundary(driver) < 50e-6
 
