@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Iterable, Iterator
 from typing import get_args
 
-from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -56,6 +56,9 @@ class ServerMetrics:
             ["route", "status"],
             registry=self.registry,
         )
+        Gauge(
+            "pie:event_loop_tasks", "Tasks of the server's event loop", registry=self.registry
+        ).set_function(lambda: len(asyncio.all_tasks()))
 
     def observe_ttft(self, ttft_s: float) -> None:
         self._ttft.observe(ttft_s)
@@ -83,9 +86,6 @@ class EngineCollector(Collector):
         stats = self._backend.stats()
         for name, (text, value) in _gauges(stats).items():
             yield GaugeMetricFamily(f"pie:{name}", text, value)
-        yield GaugeMetricFamily(
-            "pie:event_loop_tasks", "Tasks of the server's event loop", len(asyncio.all_tasks())
-        )
         for name, (text, value) in _counters(stats).items():
             yield CounterMetricFamily(f"pie:{name}", text, value)
         yield from _labelled(stats)

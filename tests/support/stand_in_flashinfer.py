@@ -80,7 +80,8 @@ class _Wrapper:
             raise RuntimeError("no kernel image is available")
         plan = self._plan
         heads, kv_heads, dim, size = plan["shape"]
-        assert kv.shape[1:] == (2, kv_heads, size, dim) and kv.is_contiguous() and not enable_pdl
+        assert kv.shape[1:] == (2, kv_heads, size, dim) and kv[0].is_contiguous()
+        assert not enable_pdl
         assert queries.shape == out.shape == (plan["tokens"][-1], heads, dim)
         tokens, blocks = plan["tokens"], plan["blocks"]
         for i, in_last in enumerate(plan["in_last_block"]):
