@@ -290,9 +290,7 @@ class ResidencyMap:
         block.move = None
         self.moving_out -= 1
         self._unstage(block)
-        assert block.host_slot is not None
-        self._retire(self.host, block.host_slot)
-        block.host_slot = None
+        self._drop_copy(block)
         if not block.owners:
             self._let_go(block)
 

@@ -33,7 +33,7 @@ def to_device(
     addresses, layer_bytes, pool_slots, counts, device_slots = found
     stacks = [
         (stack.start, len(stack) * device.layout.layer_block_bytes, start)
-        for stack, start in zip(device.layout.stacks, device.starts, strict=True)
+        for stack, start in device.stacks
         if stack.start in layers
     ]
     first, size, start = np.array(stacks, np.int64).reshape(-1, 3).T[:, :, None]

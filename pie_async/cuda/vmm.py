@@ -30,7 +30,7 @@ class DeviceArena:
     Attributes:
         layout: what lies in it.
         layers: per layer, [slots, 2, kv_heads, block_tokens, head_dim], contiguous within a slot.
-        starts: where each stack of the layout begins.
+        stacks: each stack of the layout, and where it begins.
         first_staging_slot: where the staging part begins: at or above the number of resident
             slots asked for, because mappings begin at page borders.
         staging_slots: how many there are.
@@ -58,7 +58,7 @@ class DeviceArena:
         self.staging_slots = staging_slots
         self._ring_bytes = self._paged(staging_slots, max(map(len, layout.stacks)))
         """Of one buffer; mapped whole, also where a stack has fewer layers than another."""
-        self.starts: list[int] = []
+        self.stacks: list[tuple[range, int]] = []
         self._undo: list[Callable[[], None]] = []
         try:
             self._allocate(device_slots)
@@ -67,9 +67,7 @@ class DeviceArena:
             self.close()
             raise self._refused(fault, device_slots, staging_slots) from fault
         self.layers = [
-            view
-            for stack, start in zip(layout.stacks, self.starts, strict=True)
-            for view in self._views(stack, start, dtype)
+            view for stack, start in self.stacks for view in self._views(stack, start, dtype)
         ]
 
     def close(self) -> None:
@@ -95,8 +93,9 @@ class DeviceArena:
         num_bytes = sum(sizes)
         start = driver.reserve(num_bytes)
         self._undo.append(lambda: driver.unreserve(start, num_bytes))
-        self.starts = list(itertools.accumulate(sizes[:-1], initial=start))
-        for stack, address in zip(stacks, self.starts, strict=True):
+        starts = itertools.accumulate(sizes[:-1], initial=start)
+        self.stacks = list(zip(stacks, starts, strict=True))
+        for stack, address in self.stacks:
             resident_bytes = self._paged(device_slots, len(stack))
             self._map(address, resident_bytes, self._memory(resident_bytes))
 
@@ -104,7 +103,7 @@ class DeviceArena:
         if not self.staging_slots:
             return
         buffers: dict[int, int] = {}
-        for stack, start in zip(self.layout.stacks, self.starts, strict=True):
+        for stack, start in self.stacks:
             number = self.layout.ring_buffer(stack.start)
             if number not in buffers:
                 buffers[number] = self._memory(self._ring_bytes)

@@ -86,7 +86,7 @@ def test_copies_bring_every_byte_there_and_back(driver, count: int) -> None:
     edges = [num_bytes * i // count for i in range(count + 1)]
     there = np.array(
         [
-            (pinned + first, arena.starts[1] + first, last - first)
+            (pinned + first, arena.stacks[1][1] + first, last - first)
             for first, last in itertools.pairwise(edges)
         ],
         np.uint64,
