@@ -1,9 +1,9 @@
 """How many slots the host pool should have: what is in use, room to grow, and no more.
 
 Pinned memory is lost to everybody else on the machine. The pool grows as soon as its free slots
-run short, beside everything else, and shrinks once it has needed less for a whole period and nothing
-runs: unpinning holds up the launches of a GPU. Either is done chunk by chunk, one change at a time,
-so what the device tells of is never out of date.
+run short, beside everything else, and shrinks once it has needed less for a whole period and
+nothing runs: unpinning holds up the launches of a GPU. Either is done chunk by chunk, one change
+at a time, so what the device tells of is never out of date.
 """
 
 from __future__ import annotations
