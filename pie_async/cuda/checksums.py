@@ -1,4 +1,4 @@
-"""Checksums of pooled blocks, taken and compared on the GPU, in the order of the copies' streams."""
+"""Checksums of pooled blocks, taken and compared on the GPU, on the streams of the copies."""
 
 from __future__ import annotations
 

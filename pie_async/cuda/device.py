@@ -250,7 +250,7 @@ class CudaDevice:
         else:
             stream.attempts.give_up(host_slots_of(runs))
             return
-        find = to_host if kind == "demote" else to_device
+        find: FindCopies = to_host if kind == "demote" else to_device
         if outcome == "corrupted":
             find = _shifted(find, self.memory.layout.item_bytes)
         if kind == "demote":
