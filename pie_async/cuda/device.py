@@ -332,8 +332,9 @@ class CudaDevice:
         self._driver.enter_thread()
         for stream in self._waiters:
             self._driver.synchronize_stream(stream.handle)
-            # torch may still hold memory that it used on the compute stream.
-            stream.close(is_kept=stream is self.compute)
+            # torch may still hold memory that it used on a stream, and pinned memory is given
+            # back with an event on it: destroyed, that would be the end of the process.
+            stream.close(is_kept=stream is self.compute or self._checksums is not None)
         if self._runner is not None:
             self._runner.close()
             self._runner = None

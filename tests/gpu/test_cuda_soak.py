@@ -86,7 +86,7 @@ async def compare(tight: dict, roomy: dict, seconds: float) -> None:
     """Random greedy requests for so long, each to two engines at a time: one that has to stream
     and park, and that some are taken from early, and one with room for all."""
     dice = random.Random(SEED)
-    shared = {"dtype": "float32", "max_running_sequences": 32}
+    shared = {"dtype": "float32", "max_running_sequences": 32, "gpu_memory": "16GiB"}
     resident = {"device_kv_bytes": 2000 * BLOCK_BYTES, "host_pool_bytes": 0}
     end = time.monotonic() + seconds
     finished = left = tokens = 0
