@@ -35,7 +35,7 @@ a quarter of long ones was parked under overload, with always two a third fewer 
 SHRINK_TOLERANCE = 1.1
 """How far what runs may go beyond a limit that was lowered, unless it is exact: fixed by the
 caller, or there for an ITL limit. Sequences that run go on to it as they grow, none is admitted
-there, and beyond it one is parked. When the limit held at once for growth as well, a cut of 10 % left
+there, and beyond it one is parked. When growth was held to the limit as well, a cut of 10 % left
 every sequence without its next block within 16 iterations: of 198 that decoded 73 were left."""
 
 WORTH_AWAITING_TOKENS = 512

@@ -16,7 +16,6 @@ import msgspec
 from pie_async.config import GIB
 from pie_async.errors import ConfigError
 
-
 OVERLAP = 3
 """Exponent of the norm that adds up what partly hides each other; without end: the longer one."""
 
