@@ -8,7 +8,7 @@ import json
 import pytest
 
 from pie_async.workload import LENGTH_MODELS, sample_lengths
-from scripts.paper import ablations, gpus, long_context, rates, throughput
+from scripts.paper import ablations, gpus, iterations, long_context, rates, throughput
 
 # Seconds long in virtual time; some of them need not fit, or nothing would be streamed.
 SMALL = ["--device", "sim", "--model", "llama-3.1-8b", "--context", "512", "--host-pool", "4GiB"]
@@ -175,3 +175,17 @@ def test_rates_that_cannot_be_known_are_refused(tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match="off put out next to nothing: raise --saturating-seconds"):
         run(rates, tmp_path, monkeypatch, "--kv", "64MiB", "--saturating-seconds", "0.001")
     assert not list(tmp_path.iterdir())
+
+
+def test_iterations_show_what_was_allowed_and_streamed(tmp_path, monkeypatch, capsys):
+    name = ["iterations", *SMALL, "--kv", "32MiB", "--requests", "30", "--results", str(tmp_path)]
+    monkeypatch.setattr("sys.argv", [*name, "--set", 'sim_link="nvlink"'])
+    iterations.main()
+    found = json.loads((tmp_path / "iterations.json").read_text())
+    rows, load = found["rows"], found["load"]
+    assert len(rows) == pytest.approx(load["iterations"], abs=2)
+    assert sum(row["staged_bytes"] for row in rows) <= load["streamed_bytes"]
+    assert any(0 < row["streamed_blocks"] <= row["limit_blocks"] for row in rows)
+    assert [row["at_s"] for row in rows] == sorted(row["at_s"] for row in rows)
+    told = capsys.readouterr().out
+    assert "decoding alone, staged: " in told and "limit cut for stall" in told

@@ -54,6 +54,12 @@ class Results:
         print(", ".join(numbers), flush=True)
         self._write()
 
+    def add_all(self, rows: Sequence[msgspec.Struct]) -> None:
+        """Keep many rows at once, and write them."""
+        self.rows += rows
+        if rows:
+            self._write()
+
     def finish(self) -> None:
         """Draw the plot; without matplotlib say how to get it."""
         if self._plot is None or not self.rows:
