@@ -19,8 +19,10 @@ from pie_async.openai.responses import (
     Usage,
     UsageField,
 )
+from pie_async.openai.speaker import Speaker
 from pie_async.openai.usage import choice_end
 from pie_async.outputs import CompletionOutput, RequestOutput
+from pie_async.parsing.events import MakeParser
 
 
 class ChatWriter:
@@ -35,14 +37,29 @@ class ChatWriter:
         choices: int,
         top_logprobs: int | None,
         has_usage: bool,
+        make_parser: MakeParser | None = None,
+        one_call_only: bool = False,
     ) -> None:
-        """`top_logprobs`: None for no logprobs; `has_usage`: chunks carry the usage key."""
+        """Say what the chunks are to carry.
+
+        Args:
+            top_logprobs: None for no logprobs.
+            has_usage: chunks carry the usage key.
+            make_parser: of what takes thoughts and calls of tools out of the text; None: there
+                are none.
+            one_call_only: leave further calls of a choice out.
+        """
         self._id = response_id
         self._created = created
         self._model = model
-        self._choices = choices
         self._top_logprobs = top_logprobs
         self._no_usage: UsageField = None if has_usage else msgspec.UNSET
+        self._choices = choices
+        self._speakers = (
+            None
+            if make_parser is None
+            else [Speaker(make_parser(), one_call_only=one_call_only) for _ in range(choices)]
+        )
 
     def opening(self) -> Iterator[ChatChunk]:
         """What is sent before any output: every choice's role."""
@@ -56,12 +73,13 @@ class ChatWriter:
         for choice in output.outputs:
             end = choice_end(choice)
             logprobs = self._logprobs(choice)
-            if choice.text or logprobs is not None:
-                delta = ChatDelta(content=choice.text)
+            for delta in self._deltas(choice, is_last=end is not None, is_empty=logprobs is None):
                 yield self._chunk(
                     ChatChunkChoice(index=choice.index, delta=delta, logprobs=logprobs)
                 )
+                logprobs = None
             if end is not None:
+                end = self._end(choice, end)
                 yield self._chunk(
                     ChatChunkChoice(index=choice.index, delta=ChatDelta(), finish_reason=end)
                 )
@@ -79,14 +97,30 @@ class ChatWriter:
             id=self._id, created=self._created, model=self._model, choices=choices, usage=usage
         )
 
+    def _deltas(
+        self, choice: CompletionOutput, *, is_last: bool, is_empty: bool
+    ) -> Sequence[ChatDelta]:
+        """What is new; `is_empty`: there are no logprobs either, that need a delta to be in."""
+        if self._speakers is None:
+            return [ChatDelta(content=choice.text)] if choice.text or not is_empty else ()
+        deltas = self._speakers[choice.index].deltas(choice.text, is_last=is_last)
+        return deltas or (() if is_empty else [ChatDelta(content="")])
+
+    def _end(self, choice: CompletionOutput, end: ChoiceEnd) -> ChoiceEnd:
+        has_called = self._speakers is not None and self._speakers[choice.index].has_called
+        return "tool_calls" if has_called and end == "stop" else end
+
     def _choice(self, choice: CompletionOutput) -> ChatChoice:
-        end: ChoiceEnd | None = choice_end(choice)
+        end = choice_end(choice)
         assert end is not None, "a final output has ended"
+        message = ChatMessage(content=choice.text)
+        if self._speakers is not None:
+            message = self._speakers[choice.index].message(choice.text)
         return ChatChoice(
             index=choice.index,
-            message=ChatMessage(content=choice.text),
+            message=message,
             logprobs=self._logprobs(choice),
-            finish_reason=end,
+            finish_reason=self._end(choice, end),
         )
 
     def _logprobs(self, choice: CompletionOutput) -> ChatLogprobs | None:

@@ -16,6 +16,8 @@ import msgspec
 
 from pie_async.config import KIB
 from pie_async.errors import InvalidRequest
+from pie_async.openai.structure import MAX_SCHEMA_BYTES
+from pie_async.openai.tools import MAX_TOOLS_BYTES
 from pie_async.sampling_params import (
     MAX_LOGIT_BIASES,
     MAX_STOP_STRING_CHARS,
@@ -28,18 +30,12 @@ _ABSENT = msgspec.Raw()
 _NEUTRAL_FOR_BOTH: dict[str, tuple[Any, ...]] = {
     "allowed_token_ids": ([],),
     "bad_words": ([],),
-    "guided_choice": (),
-    "guided_grammar": (),
-    "guided_json": (),
-    "guided_regex": (),
     "kv_transfer_params": (),
     "length_penalty": (1, 1.0),
     "logits_processors": ([],),
     "prompt_logprobs": (),
-    "response_format": ({"type": "text"},),
     "return_token_ids": (False,),
     "return_tokens_as_token_ids": (False,),
-    "structured_outputs": (),
     "truncate_prompt_tokens": (),
     "use_beam_search": (False,),
 }
@@ -55,15 +51,12 @@ _NEUTRAL_FOR_CHAT: dict[str, tuple[Any, ...]] = {
     "add_special_tokens": (False,),
     "audio": (),
     "chat_template": (),
-    "chat_template_kwargs": ({},),
     "continue_final_message": (False,),
     "documents": ([],),
     "echo": (False,),
     "function_call": ("none",),
     "functions": ([],),
     "modalities": (["text"],),
-    "tool_choice": ("none", "auto"),
-    "tools": ([],),
     "web_search_options": (),
 }
 
@@ -73,6 +66,20 @@ _LONGEST = {
     "stop_token_ids": 64 * MAX_STOP_TOKEN_IDS,
     "logit_bias": 64 * MAX_LOGIT_BIASES,
     "stream_options": 64 * KIB,
+    "chat_template_kwargs": 4 * KIB,
+    "tool_choice": 4 * KIB,
+    "tools": MAX_TOOLS_BYTES,
+    **dict.fromkeys(
+        (
+            "response_format",
+            "structured_outputs",
+            "guided_json",
+            "guided_regex",
+            "guided_choice",
+            "guided_grammar",
+        ),
+        2 * MAX_SCHEMA_BYTES,  # a schema that is a text within JSON is longer than the schema
+    ),
 }
 """Bytes of JSON that these fields may have. Less than fits means more items than are allowed, or
 much white space."""

@@ -10,8 +10,10 @@ from collections.abc import Sequence
 
 import msgspec
 
+from pie_async.chat_options import ChatOptions
 from pie_async.errors import ContextTooLong
 from pie_async.openai.answer import Answer, Writer
+from pie_async.openai.asked import LAST_TOKENS, ChatAsked, guided
 from pie_async.openai.backend import Backend, OutputStream, Prompt
 from pie_async.openai.chat import ChatWriter
 from pie_async.openai.completion import CompletionWriter
@@ -24,6 +26,8 @@ from pie_async.openai.requests import GenerationRequest
 from pie_async.openai.responses import ModelCard, ModelList
 from pie_async.openai.scoring import PromptOnly
 from pie_async.openai.usage import UsageCounter
+from pie_async.parsing.events import MakeParser
+from pie_async.parsing.reasoning import OPEN, ReasoningParser
 from pie_async.sampling_params import SamplingParams
 
 
@@ -75,20 +79,36 @@ class OpenAIService:
         started_at_s = asyncio.get_running_loop().time()
         request, prompts = await CHAT_READER.read(body)
         self._check_model(request.model)
-        params = request.sampling_params()
+        asked = ChatAsked.of(request, thinks=self._backend.model.thinks)
         response_id = f"chatcmpl-{uuid.uuid4().hex}"
-        spelling = {None: "messages", "prompt": "messages", "max_tokens": request.limit_field}
-        with respelled(spelling):
-            streams = await self._submit(request, prompts, params, response_id)
+        with respelled(asked.spelling):
+            streams = await self._submit(
+                request, prompts, asked.params, response_id, chat=asked.options
+            )
         writer = ChatWriter(
             response_id=response_id,
             created=int(time.time()),
             model=self._model_name,
-            choices=params.n,
-            top_logprobs=params.logprobs,
+            choices=asked.params.n,
+            top_logprobs=asked.params.logprobs,
             has_usage=request.wants_usage_chunk,
+            make_parser=self._parser_of(asked, streams[0]),
+            one_call_only=asked.toolbox.one_only,
         )
         return self._answer(request, response_id, streams, writer, started_at_s)
+
+    def _parser_of(self, asked: ChatAsked, stream: OutputStream) -> MakeParser | None:
+        """What reads the outputs; None: they are content and nothing else."""
+        tool_format = self._backend.model.writes_tools_as
+        may_think = self._backend.model.thinks and asked.params.structured_outputs is None
+        if not may_think:
+            return None if asked.toolbox.mode == "none" else asked.tool_parser(tool_format)
+        last = self._backend.tokenizer.decode(
+            stream.prompt_token_ids[-LAST_TOKENS:], skip_special_tokens=False
+        )
+        is_thinking = last.rstrip().endswith(OPEN)
+        make_rest = asked.tool_parser(tool_format)
+        return lambda: ReasoningParser(make_rest(), is_thinking=is_thinking)
 
     async def completion(self, body: bytes) -> Answer:
         """Accept the body of a completions request: one or several prompts.
@@ -98,9 +118,9 @@ class OpenAIService:
         started_at_s = asyncio.get_running_loop().time()
         request, prompts = await COMPLETION_READER.read(body)
         self._check_model(request.model)
-        params = request.sampling_params()
+        params, spelling = guided(request, request.sampling_params())
         response_id = f"cmpl-{uuid.uuid4().hex}"
-        with respelled({None: "prompt"}):
+        with respelled({None: "prompt", **spelling}):
             streams = await self._submit(request, prompts, params, response_id)
         if request.is_scoring:
             streams = list(map(PromptOnly, streams))
@@ -127,6 +147,8 @@ class OpenAIService:
         prompts: Sequence[Prompt],
         params: SamplingParams,
         response_id: str,
+        *,
+        chat: ChatOptions | None = None,
     ) -> list[OutputStream]:
         streams: list[OutputStream] = []
         try:
@@ -134,14 +156,19 @@ class OpenAIService:
                 if index:
                     await asyncio.sleep(0)  # short prompts are tokenised on the loop
                 name = response_id if len(prompts) == 1 else f"{response_id}-{index}"
-                streams.append(await self._submit_one(request, prompt, params, name))
+                streams.append(await self._submit_one(request, prompt, params, name, chat))
         except BaseException:
             _cancel(streams)
             raise
         return streams
 
     async def _submit_one(
-        self, request: GenerationRequest, prompt: Prompt, params: SamplingParams, name: str
+        self,
+        request: GenerationRequest,
+        prompt: Prompt,
+        params: SamplingParams,
+        name: str,
+        chat: ChatOptions | None,
     ) -> OutputStream:
         submit = functools.partial(
             self._backend.submit,
@@ -149,6 +176,7 @@ class OpenAIService:
             request_id=name,
             priority=request.priority or 0,
             cache_salt=request.cache_salt,
+            chat=chat,
         )
         try:
             return await submit(params)
