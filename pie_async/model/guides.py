@@ -82,6 +82,11 @@ class GuideCompiler:
         """Tokens that masks allow though none may be sampled: nothing ends an output here."""
         return () if self._end_ids else tuple(self._tokens().eos_tokens)
 
+    @functools.cached_property
+    def words(self) -> int:
+        """Of a mask; tokens beyond them are in no vocabulary, and never allowed."""
+        return -(-self._tokens().vocab_size // _WORD_BITS)
+
     def _tokens(self) -> LLTokenizer:
         with self._lock:
             if self._tokenizer is None:
@@ -192,7 +197,7 @@ class GuideRoom:
         if order.tokens and not matcher.consume_tokens(list(order.tokens)):
             raise InvalidRequest(_brief(matcher.get_error().splitlines()))
         if not matcher.is_stopped():
-            row = self._table[order.slot]
+            row = self._table[order.slot, : self._compiler.words]
             matcher.unsafe_compute_mask_ptr(row.ctypes.data, row.nbytes)
             for token in self._compiler.never_ids:
                 row.view(np.uint8)[token // 8] &= 0xFF ^ (1 << token % 8)
