@@ -80,6 +80,9 @@ def create_app(
         [
             web.post("/v1/chat/completions", handlers.chat, expect_handler=expect_body),
             web.post("/v1/completions", handlers.completion, expect_handler=expect_body),
+            web.post("/v1/responses", handlers.respond, expect_handler=expect_body),
+            web.post("/tokenize", handlers.tokenize, expect_handler=expect_body),
+            web.post("/detokenize", handlers.detokenize, expect_handler=expect_body),
             web.get("/v1/models", handlers.models),
             web.get("/v1/models/{model:.+}", handlers.model),
             web.get("/health", handlers.health, name=UNGUARDED_ROUTE),

@@ -73,6 +73,10 @@ class Backend(Protocol):
 
     def stats(self) -> EngineStats: ...
 
+    async def tokenize(self, prompt: Prompt) -> list[int]:
+        """The token ids that a prompt becomes. Raises: as `submit`."""
+        ...
+
     async def submit(
         self,
         prompt: Prompt,

@@ -6,6 +6,8 @@ from collections.abc import Iterator, Sequence
 
 import msgspec
 
+from pie_async.openai.errors import ErrorReply
+from pie_async.openai.framing import PLAIN
 from pie_async.openai.logprobs import chat_logprobs
 from pie_async.openai.responses import (
     ChatChoice,
@@ -27,6 +29,8 @@ from pie_async.parsing.events import MakeParser
 
 class ChatWriter:
     """Writes the chunks or the response of one chat request."""
+
+    framing = PLAIN
 
     def __init__(
         self,
@@ -84,11 +88,16 @@ class ChatWriter:
                     ChatChunkChoice(index=choice.index, delta=ChatDelta(), finish_reason=end)
                 )
 
-    def usage_chunk(self, usage: Usage) -> ChatChunk:
+    def ending(self, usage: Usage) -> Iterator[ChatChunk]:
         """The last chunk of a stream that asked for usage: no choices."""
-        return ChatChunk(
-            id=self._id, created=self._created, model=self._model, choices=[], usage=usage
-        )
+        if self._no_usage is None:
+            yield ChatChunk(
+                id=self._id, created=self._created, model=self._model, choices=[], usage=usage
+            )
+
+    def failure(self, reply: ErrorReply) -> bytes:
+        """The event that a stream ends with when it failed."""
+        return reply.event
 
     def response(self, outputs: Sequence[RequestOutput], usage: Usage) -> ChatResponse:
         """The whole answer from the final output."""

@@ -22,6 +22,10 @@ _ROLES = {
 """OpenAI's "developer" takes the place of "system"; templates know only the latter."""
 
 
+_TEXT_PARTS = ("text", "input_text", "output_text")
+"""The latter two are those of /v1/responses."""
+
+
 class ContentPart(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """One part of a message's content; only text can be answered."""
 
@@ -77,11 +81,11 @@ def read_conversation(messages: Sequence[Message]) -> list[Mapping[str, Any]]:
             f"messages has {most} messages or parts; at most {MAX_MESSAGES} are read",
             param="messages",
         )
-    return [_turn(message, index) for index, message in enumerate(messages)]
+    return [read_turn(each, f"messages[{index}]") for index, each in enumerate(messages)]
 
 
-def _turn(message: Message, index: int) -> dict[str, Any]:
-    where = f"messages[{index}]"
+def read_turn(message: Message, where: str) -> dict[str, Any]:
+    """As templates read it; `where` is what the client calls it."""
     role = _ROLES.get(message.role)
     if role is None:
         raise InvalidRequest(
@@ -138,7 +142,7 @@ def _call(call: ToolCall, where: str) -> dict[str, Any]:
 
 
 def _part_text(part: ContentPart, where: str) -> str:
-    if part.type != "text":
+    if part.type not in _TEXT_PARTS:
         raise InvalidRequest(
             f"{where}.type is {part.type[:40]!r}; only text content is supported",
             param=f"{where}.type",

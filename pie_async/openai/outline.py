@@ -16,6 +16,7 @@ import msgspec
 
 from pie_async.config import KIB
 from pie_async.errors import InvalidRequest
+from pie_async.openai.prompts import MAX_TOKEN_IDS
 from pie_async.openai.structure import MAX_SCHEMA_BYTES
 from pie_async.openai.tools import MAX_TOOLS_BYTES
 from pie_async.sampling_params import (
@@ -67,6 +68,9 @@ _LONGEST = {
     "logit_bias": 64 * MAX_LOGIT_BIASES,
     "stream_options": 64 * KIB,
     "chat_template_kwargs": 4 * KIB,
+    "tokens": 16 * MAX_TOKEN_IDS,
+    "metadata": 32 * KIB,
+    "text": 2 * MAX_SCHEMA_BYTES,
     "tool_choice": 4 * KIB,
     "tools": MAX_TOOLS_BYTES,
     **dict.fromkeys(
@@ -128,5 +132,18 @@ def _is_neutral(raw: msgspec.Raw, neutral: tuple[Any, ...]) -> bool:
     return value is None or value in neutral
 
 
+_NEUTRAL_FOR_RESPONSES: dict[str, tuple[Any, ...]] = {
+    "background": (False,),
+    "context_management": ([],),
+    "conversation": (),
+    "max_tool_calls": (),
+    "previous_response_id": (),
+    "prompt": (),
+    "top_logprobs": (0,),
+    "truncation": ("disabled",),
+}
+
+OUTLINE_OF_TOKENS = Outline({"add_special_tokens": (True,), "chat_template": ()})
+OUTLINE_OF_RESPONSES = Outline(_NEUTRAL_FOR_RESPONSES)
 OUTLINE_OF_CHAT = Outline(_NEUTRAL_FOR_CHAT)
 OUTLINE_OF_COMPLETIONS = Outline(_NEUTRAL_FOR_COMPLETIONS)

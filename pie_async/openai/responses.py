@@ -200,6 +200,23 @@ class ModelList(Response, frozen=True, kw_only=True):
     data: list[ModelCard]
 
 
+# --- tokens -------------------------------------------------------------------------------
+
+
+class Tokens(Response, frozen=True, kw_only=True):
+    """Body of POST /tokenize."""
+
+    count: int
+    max_model_len: int
+    tokens: list[int]
+
+
+class Text(Response, frozen=True, kw_only=True):
+    """Body of POST /detokenize."""
+
+    prompt: str
+
+
 # --- server -------------------------------------------------------------------------------
 
 

@@ -21,12 +21,21 @@ from pie_async.openai.errors import ModelNotFound
 from pie_async.openai.feed import OutputFeed
 from pie_async.openai.json_errors import respelled
 from pie_async.openai.latency import LatencySink, NoLatencySink, RequestLatency
-from pie_async.openai.reading import CHAT_READER, COMPLETION_READER
+from pie_async.openai.reading import (
+    CHAT_READER,
+    COMPLETION_READER,
+    DETOKENIZE_READER,
+    RESPONSES_READER,
+    TOKENIZE_READER,
+)
 from pie_async.openai.requests import GenerationRequest
-from pie_async.openai.responses import ModelCard, ModelList
+from pie_async.openai.response_request import ResponsesRequest, as_responses_say
+from pie_async.openai.response_writer import ResponseWriter, new_response
+from pie_async.openai.responses import ModelCard, ModelList, Text, Tokens
 from pie_async.openai.scoring import PromptOnly
+from pie_async.openai.speaker import Speaker
 from pie_async.openai.usage import UsageCounter
-from pie_async.parsing.events import MakeParser
+from pie_async.parsing.events import MakeParser, PlainParser
 from pie_async.parsing.reasoning import OPEN, ReasoningParser
 from pie_async.sampling_params import SamplingParams
 
@@ -97,6 +106,54 @@ class OpenAIService:
         )
         return self._answer(request, response_id, streams, writer, started_at_s)
 
+    async def respond(self, body: bytes) -> Answer:
+        """Accept the body of a request for a response: the stateless subset of /v1/responses.
+
+        Raises: as `chat`.
+        """
+        started_at_s = asyncio.get_running_loop().time()
+        request, prompts = await RESPONSES_READER.read(body)
+        self._check_model(request.model)
+        response_id = f"resp_{uuid.uuid4().hex}"
+        with as_responses_say():
+            asked = ChatAsked.of(request.chat(), thinks=self._backend.model.thinks)
+            with respelled(asked.spelling):
+                streams = await self._submit(
+                    request, prompts, asked.params, response_id, chat=asked.options
+                )
+        make_parser = self._parser_of(asked, streams[0]) or PlainParser
+        speaker = Speaker(make_parser(), one_call_only=asked.toolbox.one_only)
+        response = new_response(request, asked.params, response_id, self._model_name)
+        writer = ResponseWriter(response, speaker)
+        return self._answer(request, response_id, streams, writer, started_at_s)
+
+    async def tokenize(self, body: bytes) -> Tokens:
+        """What POST /tokenize answers.
+
+        Raises:
+            InvalidRequest, ModelNotFound, ContextTooLong: naming the field.
+        """
+        request, prompts = await TOKENIZE_READER.read(body)
+        self._check_model(request.model)
+        (prompt,) = prompts
+        with respelled({"prompt": "prompt" if isinstance(prompt, str) else "messages"}):
+            tokens = await self._backend.tokenize(prompt)
+        return Tokens(
+            count=len(tokens), max_model_len=self._backend.model.max_model_len, tokens=tokens
+        )
+
+    async def detokenize(self, body: bytes) -> Text:
+        """What POST /detokenize answers.
+
+        Raises:
+            InvalidRequest, ModelNotFound: naming the field.
+        """
+        request, prompts = await DETOKENIZE_READER.read(body)
+        self._check_model(request.model)
+        (tokens,) = prompts
+        decode = functools.partial(self._backend.tokenizer.decode, skip_special_tokens=False)
+        return Text(prompt=await asyncio.to_thread(decode, tokens))
+
     def _parser_of(self, asked: ChatAsked, stream: OutputStream) -> MakeParser | None:
         """What reads the outputs; None: they are content and nothing else."""
         tool_format = self._backend.model.writes_tools_as
@@ -143,7 +200,7 @@ class OpenAIService:
 
     async def _submit(
         self,
-        request: GenerationRequest,
+        request: GenerationRequest | ResponsesRequest,
         prompts: Sequence[Prompt],
         params: SamplingParams,
         response_id: str,
@@ -164,7 +221,7 @@ class OpenAIService:
 
     async def _submit_one(
         self,
-        request: GenerationRequest,
+        request: GenerationRequest | ResponsesRequest,
         prompt: Prompt,
         params: SamplingParams,
         name: str,
@@ -204,7 +261,7 @@ class OpenAIService:
 
     def _answer(
         self,
-        request: GenerationRequest,
+        request: GenerationRequest | ResponsesRequest,
         response_id: str,
         streams: Sequence[OutputStream],
         writer: Writer,
@@ -219,7 +276,6 @@ class OpenAIService:
                 self._sink, started_at_s=started_at_s, is_streamed=request.is_streamed
             ),
             is_streamed=request.is_streamed,
-            wants_usage_chunk=request.wants_usage_chunk,
             keepalive_s=self._keepalive_s,
         )
 

@@ -92,6 +92,9 @@ class FakeEngine:
     def stats(self) -> EngineStats:
         return self.snapshot
 
+    async def tokenize(self, prompt: str | Sequence[Mapping[str, str]]) -> list[int]:
+        return list(self._tokens(prompt))
+
     async def submit(
         self,
         prompt: str | Sequence[int] | Sequence[Mapping[str, str]],
