@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping, Sequence
-from typing import TypeGuard
+from typing import TYPE_CHECKING, TypeGuard
 
 import msgspec
 
 from pie_async.assembly import ChatMessage, Tokenizer
 from pie_async.chat_options import ChatOptions
 from pie_async.errors import ContextTooLong, InvalidRequest
-from pie_async.model.guides import GuideCompiler
 from pie_async.model_info import ModelInfo
 from pie_async.sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    from pie_async.model.guides import GuideCompiler
 
 Prompt = str | Sequence[int] | Sequence[ChatMessage]
 """A text, token ids, or a conversation of {"role": ..., "content": ...} messages."""

@@ -58,10 +58,15 @@ class OpenAIService:
     ) -> None:
         """`keepalive_s`: longest silence of a stream before a comment is sent."""
         self._backend = backend
-        self._model_name = served_model_name or backend.model.name
+        self._served_model_name = served_model_name
         self._keepalive_s = keepalive_s
         self._sink = sink or NoLatencySink()
         self._created = int(time.time())
+
+    @property
+    def _model_name(self) -> str:
+        """Asked for with each request: the engine may start after its application was made."""
+        return self._served_model_name or self._backend.model.name
 
     def models(self) -> ModelList:
         """What GET /v1/models answers."""

@@ -8,7 +8,7 @@ import itertools
 import random
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import msgspec
 
@@ -21,7 +21,6 @@ from pie_async.ids import RequestId, SequenceId
 from pie_async.intake import Intake, Prompt, check_cache_salt
 from pie_async.messages import Cancel, ReadingChanged, Submit
 from pie_async.metrics import EngineStats
-from pie_async.model.guides import GuideCompiler
 from pie_async.model_info import ModelInfo
 from pie_async.outputs import RequestOutput
 from pie_async.readers import Readers
@@ -33,6 +32,9 @@ from pie_async.resilience.supervision import Supervision
 from pie_async.runtime.faults import FaultPlan
 from pie_async.sampling_params import SamplingParams
 from pie_async.wiring import arm
+
+if TYPE_CHECKING:
+    from pie_async.model.guides import GuideCompiler
 
 
 class ResilientEngine:
@@ -340,6 +342,8 @@ class ResilientEngine:
 
     def _intake(self) -> Intake:
         if self._compiler is None:
+            from pie_async.model.guides import GuideCompiler  # loads numpy
+
             tokenizer, size = self.tokenizer, self.model.vocab_size
             self._compiler = GuideCompiler(tokenizer, size, tokenizer.eos_ids)
         return Intake(self.tokenizer, self.model, self._compiler)
