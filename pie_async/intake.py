@@ -59,7 +59,11 @@ class Intake(msgspec.Struct, frozen=True):
             InvalidRequest: it is not valid; `param` names the field.
         """
         guide = params.structured_outputs
-        if guide is not None:
+        if guide is None:
+            return
+        if self.compiler.is_inline:
+            self.compiler.compile(guide)
+        else:
             await asyncio.to_thread(self.compiler.compile, guide)
 
     def _encode(self, text: str) -> list[int]:

@@ -89,6 +89,6 @@ async def test_a_client_that_leaves_ends_its_request():
         body = {**CHAT, "max_tokens": 100_000, "stream": True}
         _, _, received = await client.post("/v1/chat/completions", body, leaves_after=3)
         async with asyncio.timeout(5):
-            while engine.stats().running:
+            while engine.stats().running:  # noqa: ASYNC110
                 await asyncio.sleep(0.01)
     assert b"[DONE]" not in received

@@ -66,7 +66,7 @@ def assemble_sim(config: EngineConfig) -> Parts:
         checks_copies=config.check_copies,
     )
     limits, tokenizer = default_limits(config), ByteTokenizer(shape.vocab_size)
-    compiler = GuideCompiler(tokenizer, shape.vocab_size, ())
+    compiler = GuideCompiler(tokenizer, shape.vocab_size, (), is_inline=True)
     masks = np.zeros(mask_shape(limits.max_running_sequences, shape.vocab_size), np.int32)
     device.use_masks(masks)
     return Parts(

@@ -66,9 +66,19 @@ class GuideCompiler:
         tokenizer: what tokens spell.
         vocab_size: width of the logits.
         end_ids: tokens that end an output.
+        is_inline: compile on the event loop: in simulated time, where the order of what threads
+            do would be another one each time.
     """
 
-    def __init__(self, tokenizer: Spelling, vocab_size: int, end_ids: Iterable[int]) -> None:
+    def __init__(
+        self,
+        tokenizer: Spelling,
+        vocab_size: int,
+        end_ids: Iterable[int],
+        *,
+        is_inline: bool = False,
+    ) -> None:
+        self.is_inline = is_inline
         self._spelling = tokenizer
         self._vocab_size = vocab_size
         self._end_ids = tuple(sorted(end_ids))
