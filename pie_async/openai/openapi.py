@@ -146,7 +146,9 @@ def _content(operation: Operation) -> dict[str, Any]:
     if operation.event is not None:
         content["text/event-stream"] = {
             "schema": {
-                "type": "string",
+                "type": "object",
+                "properties": {"event": {"type": "string"}, "data": {"type": "string"}},
+                "required": ["data"],
                 "description": f"Events with a {operation.event.__name__} each, but in "
                 "/v1/responses then [DONE]; an ErrorBody, there an event of type error, where it "
                 "fails",

@@ -12,46 +12,41 @@ from pie_async.openai.responses import Response
 Status = Literal["in_progress", "completed", "incomplete", "failed"]
 
 
-class OutputText(Response, frozen=True, kw_only=True):
+class OutputText(Response, frozen=True, kw_only=True, tag_field="type", tag="output_text"):
     """Text for the user."""
 
-    type: Literal["output_text"] = "output_text"
     text: str
     annotations: tuple[Any, ...] = ()
     logprobs: tuple[Any, ...] = ()
 
 
-class ReasoningText(Response, frozen=True, kw_only=True):
+class ReasoningText(Response, frozen=True, kw_only=True, tag_field="type", tag="reasoning_text"):
     """Text that the model wrote for itself."""
 
-    type: Literal["reasoning_text"] = "reasoning_text"
     text: str
 
 
-class MessageItem(Response, frozen=True, kw_only=True):
+class MessageItem(Response, frozen=True, kw_only=True, tag_field="type", tag="message"):
     """What the model said."""
 
-    type: Literal["message"] = "message"
     id: str
     status: Status
     role: Literal["assistant"] = "assistant"
     content: list[OutputText]
 
 
-class ReasoningItem(Response, frozen=True, kw_only=True):
+class ReasoningItem(Response, frozen=True, kw_only=True, tag_field="type", tag="reasoning"):
     """What it thought."""
 
-    type: Literal["reasoning"] = "reasoning"
     id: str
     status: Status
     summary: tuple[Any, ...] = ()
     content: list[ReasoningText]
 
 
-class CallItem(Response, frozen=True, kw_only=True):
+class CallItem(Response, frozen=True, kw_only=True, tag_field="type", tag="function_call"):
     """A tool that it wants called."""
 
-    type: Literal["function_call"] = "function_call"
     id: str
     status: Status
     call_id: str
