@@ -49,7 +49,7 @@ def _await(url: str, process: subprocess.Popen[bytes]) -> None:
         if process.poll() is not None:
             raise SystemExit(f"the server ended with status {process.returncode}")
         try:
-            with urllib.request.urlopen(url):  # noqa: S310  # an address of our own
+            with urllib.request.urlopen(url):  # an address of our own
                 return
         except OSError:
             time.sleep(0.1)

@@ -1,6 +1,6 @@
 """OpenAI's Python client, whichever version is installed, against a running server.
 
-    python python_client.py URL
+python python_client.py URL
 """
 
 from __future__ import annotations
@@ -56,12 +56,12 @@ def check(client: openai.OpenAI) -> None:
     assert logprobs is not None and len(logprobs.tokens or ()) == 3
     response = client.responses.create(model=model, input="Hi", max_output_tokens=5)
     assert response.usage is not None and response.usage.output_tokens == 5
+    refused = None
     try:
         client.chat.completions.create(**asked, temperature=9)
     except openai.BadRequestError as error:
-        assert error.param == "temperature"
-    else:
-        raise AssertionError("a temperature of 9 was accepted")
+        refused = error.param
+    assert refused == "temperature"
 
 
 def is_weather(text: str) -> None:
