@@ -75,8 +75,10 @@ class Actors:
             schedule,
             iterations_in_flight=config.iterations_in_flight,
             # Of every queued request it may be said at once, without waiting, that its reader is
-            # back and that it is cancelled.
-            mailbox_capacity=3 * config.max_queued_requests + 256,
+            # back and that it is cancelled; of every running one that its mask is made.
+            mailbox_capacity=3 * config.max_queued_requests
+            + parts.limits.max_running_sequences
+            + 256,
             checks_invariants=config.debug,
             observer=observer,
         )
