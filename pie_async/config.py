@@ -120,8 +120,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     debug: bool = False
     """Poison staging buffers, check invariants at every message and plan."""
     check_copies: bool = False
-    """CPU and simulated device: compare the checksum of every copied block; what arrived otherwise
-    is copied again."""
+    """Compare the checksum of every copied block. What arrived otherwise is copied again; on a GPU,
+    where it may be read by then, its sequences are computed again."""
     seed: int = 0
     """Where seeds of requests without one are drawn from."""
     sim_gpu: str = "h200"
@@ -155,10 +155,6 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             )
         self._check_gpu()
         self._check_pool()
-        if self.check_copies and self.device == "cuda":
-            raise ConfigError(
-                "check_copies works on the devices cpu and sim, not on cuda", option="check_copies"
-            )
         if not 0 <= self.pool_idle_s < math.inf:
             raise ConfigError(
                 f"pool_idle_s must be at least 0, not {self.pool_idle_s}; 0 keeps the "

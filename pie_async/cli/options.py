@@ -271,7 +271,7 @@ FLAGS: dict[str, _Flag] = {
     ),
     "check_copies": _Flag(
         "--check-copies", None, None,
-        "Compare checksums of copied blocks, copy wrong ones again (cpu, sim).", "off",
+        "Compare checksums of copied blocks; what is wrong is copied or computed again.", "off",
     ),
     "sim_gpu": _Flag(
         "--sim-gpu", str, "NAME", "GPU whose cost model runs.", _DEFAULTS.sim_gpu, _SIM

@@ -435,7 +435,7 @@ class SimDevice:
         if self.tamper is not None:
             outcome = self._attempt(stream, "demote" if is_demotion else "promote", copy_s)
             if outcome == "fails":
-                stream.attempts.give_up(move.host_slot for move in moves)
+                stream.attempts.give_up([move.host_slot for move in moves])
                 return
         start_s = stream.free_at_s
         stream.work(copy_s)
