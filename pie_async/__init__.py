@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from pie_async.llm import LLM
     from pie_async.outputs import CompletionOutput, RequestOutput
     from pie_async.sampling_params import SamplingParams
+    from pie_async.structured import StructuredOutputs
 
 _HOMES = {
     "Engine": "engine",
@@ -25,6 +26,7 @@ _HOMES = {
     "RequestOutput": "outputs",
     "CompletionOutput": "outputs",
     "PieError": "errors",
+    "StructuredOutputs": "structured",
 }
 
 __all__ = [
@@ -35,6 +37,7 @@ __all__ = [
     "PieError",
     "RequestOutput",
     "SamplingParams",
+    "StructuredOutputs",
 ]
 
 __version__ = "0.1.0"

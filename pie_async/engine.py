@@ -13,6 +13,7 @@ from typing import Any, Self
 import msgspec
 
 from pie_async.assembly import Parts, Progress, Tokenizer, assemble
+from pie_async.chat_options import ChatOptions
 from pie_async.config import EngineConfig
 from pie_async.core.admission import Admission
 from pie_async.core.layout import KvLayout
@@ -216,13 +217,19 @@ class Engine:
         request_id: str | None = None,
         priority: int = 0,
         cache_salt: str | None = None,
+        chat: ChatOptions | None = None,
     ) -> AsyncGenerator[RequestOutput, None]:
         """Outputs as they come. Leaving the loop early, or cancelling it, cancels the request.
 
         Raises: what `submit` raises, and EngineStopped if the engine ends meanwhile.
         """
         stream = await self.submit(
-            prompt, params, request_id=request_id, priority=priority, cache_salt=cache_salt
+            prompt,
+            params,
+            request_id=request_id,
+            priority=priority,
+            cache_salt=cache_salt,
+            chat=chat,
         )
         async with aclosing(stream):
             async for output in stream:
@@ -236,6 +243,7 @@ class Engine:
         request_id: str | None = None,
         priority: int = 0,
         cache_salt: str | None = None,
+        chat: ChatOptions | None = None,
     ) -> RequestStream:
         """Accept a request; its outputs come from the stream returned.
 
@@ -245,6 +253,7 @@ class Engine:
             cache_salt: KV is shared only with requests of the same salt, so that nobody can
                 tell from how fast a request starts what others have sent. None: with all
                 requests that have none.
+            chat: what a conversation's template is told beside the messages.
 
         Raises:
             InvalidRequest: names the parameter; nothing was queued.
@@ -257,8 +266,9 @@ class Engine:
             raise InvalidRequest(f"priority is {priority!r}, not a number", param="priority")
         check_cache_salt(cache_salt)
         self._check_accepting()
-        tokens = tuple(await self.tokenize(prompt))
-        self._check_accepting()  # tokenising took a while
+        tokens = tuple(await self.tokenize(prompt, chat))
+        await self._intake().check_guide(params)
+        self._check_accepting()  # all that took a while
         max_tokens = self._intake().check(tokens, params)
         number = self._numbers.request()
         name = request_id if request_id is not None else f"request-{number}"
@@ -298,13 +308,13 @@ class Engine:
         stream.cancel()
         return True
 
-    async def tokenize(self, prompt: Prompt) -> list[int]:
+    async def tokenize(self, prompt: Prompt, chat: ChatOptions | None = None) -> list[int]:
         """The token ids that a prompt becomes; long ones are tokenised off the loop.
 
         Raises:
             InvalidRequest, ContextTooLong: it is not a prompt, or could never fit.
         """
-        return await self._intake().tokenize(prompt)
+        return await self._intake().tokenize(prompt, chat)
 
     async def fix_streaming(self, limit_blocks: int, *, least_blocks: int = 0) -> None:
         """Say, for measurements, how many blocks are streamed from now on.
@@ -427,7 +437,8 @@ class Engine:
         self._admission.check(now_s=_now_s())
 
     def _intake(self) -> Intake:
-        return Intake(self.tokenizer, self.model)
+        parts = self._loaded()
+        return Intake(parts.tokenizer, parts.model, parts.compiler)
 
     def _limit_length(self, longest: int) -> None:
         parts = self._loaded()

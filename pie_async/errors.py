@@ -91,6 +91,10 @@ class SequenceLost(PieError):
     """A sequence's KV was lost in failed copies too often; the others go on. Ask again."""
 
 
+class GuideFailed(PieError):
+    """What guides an output (a schema, a grammar) became too complex to go on with it."""
+
+
 class DeviceFault(PieError):
     """The device failed in a way that leaves its memory in doubt; the engine must be restarted."""
 

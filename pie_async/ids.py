@@ -15,3 +15,6 @@ DeviceSlot = NewType("DeviceSlot", int)
 
 HostSlot = NewType("HostSlot", int)
 """Index into the host pool, the same in every layer."""
+
+MaskSlot = NewType("MaskSlot", int)
+"""Index into the table of masks that say which tokens may be sampled."""

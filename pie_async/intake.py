@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping, Sequence
-from typing import TypeGuard
+from typing import TYPE_CHECKING, TypeGuard
 
 import msgspec
 
 from pie_async.assembly import ChatMessage, Tokenizer
+from pie_async.chat_options import ChatOptions
 from pie_async.errors import ContextTooLong, InvalidRequest
 from pie_async.model_info import ModelInfo
 from pie_async.sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    from pie_async.model.guides import GuideCompiler
 
 Prompt = str | Sequence[int] | Sequence[ChatMessage]
 """A text, token ids, or a conversation of {"role": ..., "content": ...} messages."""
@@ -28,8 +32,9 @@ class Intake(msgspec.Struct, frozen=True):
 
     tokenizer: Tokenizer
     model: ModelInfo
+    compiler: GuideCompiler
 
-    async def tokenize(self, prompt: Prompt) -> list[int]:
+    async def tokenize(self, prompt: Prompt, chat: ChatOptions | None = None) -> list[int]:
         """The token ids that a prompt becomes; conversations and long texts in a thread.
 
         Raises:
@@ -43,18 +48,35 @@ class Intake(msgspec.Struct, frozen=True):
         if not prompt:
             raise InvalidRequest("the prompt is empty", param="prompt")
         if isinstance(prompt[0], Mapping):
-            return await asyncio.to_thread(self._encode_chat, prompt)
+            return await asyncio.to_thread(self._encode_chat, prompt, chat)
         self._check_count(len(prompt))
         return list(prompt)  # type: ignore[arg-type]  # `check` looks at what is in it
+
+    async def check_guide(self, params: SamplingParams) -> None:
+        """Compile what guides the outputs, in a thread, to see that it can be.
+
+        Raises:
+            InvalidRequest: it is not valid; `param` names the field.
+        """
+        guide = params.structured_outputs
+        if guide is None:
+            return
+        if self.compiler.is_inline:
+            self.compiler.compile(guide)
+        else:
+            await asyncio.to_thread(self.compiler.compile, guide)
 
     def _encode(self, text: str) -> list[int]:
         self._check_chars(len(text))
         return self.tokenizer.encode(text, most_tokens=self.model.max_model_len)
 
-    def _encode_chat(self, conversation: Sequence[object]) -> list[int]:
+    def _encode_chat(self, conversation: Sequence[object], chat: ChatOptions | None) -> list[int]:
         messages = _checked_messages(conversation)
-        self._check_chars(sum(len(message["content"]) for message in messages))
-        return self.tokenizer.encode_chat(messages, most_tokens=self.model.max_model_len)
+        tools = msgspec.json.encode(chat.tools) if chat is not None and chat.tools else b""
+        self._check_chars(len(tools) + sum(len(message["content"]) for message in messages))
+        return self.tokenizer.encode_chat(
+            messages, most_tokens=self.model.max_model_len, options=chat
+        )
 
     def _check_chars(self, num_chars: int) -> None:
         most_chars = self.model.max_model_len * MOST_CHARS_PER_TOKEN

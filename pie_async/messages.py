@@ -13,9 +13,19 @@ from typing import Any, Literal
 import msgspec
 
 from pie_async.errors import InvalidRequest
-from pie_async.ids import BlockId, DeviceSlot, HostSlot, IterationId, Lane, RequestId, SequenceId
+from pie_async.ids import (
+    BlockId,
+    DeviceSlot,
+    HostSlot,
+    IterationId,
+    Lane,
+    MaskSlot,
+    RequestId,
+    SequenceId,
+)
 from pie_async.outputs import FinishReason
 from pie_async.sampling_params import SamplingParams
+from pie_async.structured import StructuredOutputs
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -37,6 +47,8 @@ class Row(msgspec.Struct, frozen=True, array_like=True, gc=False):
     left the device."""
     is_sampled: bool
     """Whether a next token is sampled after the last one fed."""
+    mask: MaskSlot | None = None
+    """Where the mask lies of what may be sampled; None: anything may."""
 
     @property
     def num_tokens(self) -> int:
@@ -118,6 +130,33 @@ class Advance(msgspec.Struct, frozen=True, array_like=True):
     """With the first token: prompt tokens whose KV was found instead of computed."""
     lost_because: str | None = None
     """Why its KV was lost once too often: its request ends with `SequenceLost`."""
+    unguided_because: str | None = None
+    """Why its guide could go no further: its request ends with `GuideFailed`."""
+
+
+class MaskOrder(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """A mask that is wanted: of what may follow a sequence's output."""
+
+    sequence: SequenceId
+    slot: MaskSlot
+    """Where to put it."""
+    tokens: tuple[int, ...]
+    """Output tokens since the sequence's last order."""
+    guide: StructuredOutputs | None = None
+    """With its first order: what guides it."""
+
+
+class MaskMade(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """What became of an order."""
+
+    sequence: SequenceId
+    slot: MaskSlot
+    made_s: float
+    """How long it took."""
+    is_ended: bool = False
+    """The output is complete and nothing may follow: there is no mask."""
+    refusal: str | None = None
+    """Why there is none, and will be none for this sequence."""
 
 
 # --- to the scheduler ---------------------------------------------------------------------
@@ -246,8 +285,23 @@ class ReviewPool(Message, frozen=True, kw_only=True):
     """Command: a period is over; say (`ResizePool`) how many slots the host pool should have."""
 
 
+class MasksMade(Message, frozen=True, kw_only=True):
+    """Fact: these masks lie in their slots, or there will be none."""
+
+    masks: tuple[MaskMade, ...]
+
+
+class MasksLate(Message, frozen=True, kw_only=True):
+    """Fact: planning has waited long enough for the masks that were ordered last."""
+
+    number: int
+    """Counts such waits; an old one says nothing."""
+
+
 SchedulerMail = (
     Submit
+    | MasksMade
+    | MasksLate
     | PoolGrown
     | PoolShrunk
     | ReviewPool
@@ -315,6 +369,23 @@ class ResizePool(Message, frozen=True, kw_only=True):
 
 SwapOutMail = SwapOut | ResizePool
 
+# --- to the guide actor -------------------------------------------------------------------
+
+
+class MakeMasks(Message, frozen=True, kw_only=True):
+    """Command: make these masks; `MasksMade` tells, of some earlier than of others."""
+
+    orders: tuple[MaskOrder, ...]
+
+
+class ForgetGuides(Message, frozen=True, kw_only=True):
+    """Command: these sequences have ended."""
+
+    sequences: tuple[SequenceId, ...]
+
+
+GuideMail = MakeMasks | ForgetGuides
+
 # --- to the expansion governor ------------------------------------------------------------
 
 
@@ -356,6 +427,10 @@ DeliveryMail = SequencesAdvanced | Drained
 
 AnyMessage = (
     Submit
+    | MasksMade
+    | MasksLate
+    | MakeMasks
+    | ForgetGuides
     | PoolGrown
     | PoolShrunk
     | ReviewPool

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import msgspec
 
 
@@ -17,3 +19,7 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     """Most tokens of prompt and output together."""
     num_parameters: int
     weight_bytes: int
+    writes_tools_as: Literal["hermes", "llama3"] = "hermes"
+    """How it calls tools; see `pie_async.parsing`. Models that know none take to it best."""
+    thinks: bool = False
+    """Whether it may write `<think>...</think>` before its answer."""

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from pie_async.core.stop_strings import StopMatcher
-from pie_async.errors import PieError
+from pie_async.errors import GuideFailed, PieError, SequenceLost
 from pie_async.ids import SequenceId
 from pie_async.messages import Advance, PromptLogprobs, SampledToken
 from pie_async.outputs import (
@@ -126,6 +126,17 @@ def logprobs_of(token: SampledToken, token_text: TokenText) -> TokenLogprobs:
     for rank, (other, logprob) in enumerate(token.top, start=1):
         entries.setdefault(other, Logprob(logprob, rank, token_text(other)))
     return entries
+
+
+def failure_of(advance: Advance) -> PieError | None:
+    """The error that ends a sequence's request, if one does."""
+    if advance.lost_because is not None:
+        return SequenceLost(f"{advance.lost_because}; send the request again")
+    if advance.unguided_because is not None:
+        return GuideFailed(
+            f"the output cannot go on as structured_outputs wants it: {advance.unguided_because}"
+        )
+    return None
 
 
 class RequestStream:

@@ -10,6 +10,7 @@ from typing import Any, Literal, NoReturn
 import msgspec
 
 from pie_async.errors import InvalidRequest
+from pie_async.structured import StructuredOutputs
 
 MAX_SEQUENCES_PER_REQUEST = 128
 MAX_STOP_STRINGS = 16
@@ -74,6 +75,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     prompt_logprobs: int | None = None
     """The same for the prompt's tokens, 0..20."""
     skip_special_tokens: bool = True
+    structured_outputs: StructuredOutputs | None = None
+    """What every output must look like; it then ends as soon as nothing may follow."""
     output_kind: OutputKind = "cumulative"
     """What each output of a stream holds: all so far, what is new, or one final output."""
 

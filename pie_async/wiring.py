@@ -12,6 +12,7 @@ from typing import Any, get_args
 from pie_async.actors.compute import ComputeActor
 from pie_async.actors.delivery import DeliveryActor
 from pie_async.actors.expansion_governor import ExpansionGovernorActor
+from pie_async.actors.guide import GuideActor
 from pie_async.actors.scheduler import Neighbours, SchedulerActor
 from pie_async.actors.swap_in import SwapInActor
 from pie_async.actors.swap_out import PoolReview, SwapOutActor
@@ -28,6 +29,8 @@ from pie_async.messages import (
     AnyMessage,
     IterationRan,
     IterationStaged,
+    MasksLate,
+    MasksMade,
     PoolGrown,
     PoolShrunk,
     SetStreamedLimit,
@@ -72,8 +75,10 @@ class Actors:
             schedule,
             iterations_in_flight=config.iterations_in_flight,
             # Of every queued request it may be said at once, without waiting, that its reader is
-            # back and that it is cancelled.
-            mailbox_capacity=3 * config.max_queued_requests + 256,
+            # back and that it is cancelled; of every running one that its mask is made.
+            mailbox_capacity=3 * config.max_queued_requests
+            + parts.limits.max_running_sequences
+            + 256,
             checks_invariants=config.debug,
             observer=observer,
         )
@@ -91,7 +96,11 @@ class Actors:
         swap_out = SwapOutActor(
             queues, to_scheduler, review=_pool_review(parts, config), observer=observer
         )
-        actors: list[Actor[Any]] = [self.delivery, self.scheduler, compute, swap_in, swap_out]
+        # Of each sequence one order at a time, and that it has ended.
+        guide = GuideActor(parts.guides, to_scheduler, capacity=4096, observer=observer)
+        actors: list[Actor[Any]] = [
+            self.delivery, self.scheduler, guide, compute, swap_in, swap_out
+        ]  # fmt: skip
         governor = None
         self.most_streamed = _most_streamed(parts)
         if config.streamed_blocks is not None:
@@ -124,6 +133,7 @@ class Actors:
                 swap_in=swap_in.mailbox,
                 swap_out=swap_out.mailbox,
                 delivery=self.delivery.mailbox,
+                guide=guide.mailbox,
                 governor=governor.mailbox if governor else None,
             )
         )
@@ -161,9 +171,11 @@ SENDERS: dict[type, str] = {
     SwappedIn: "swap_in",
     SwappedOut: "swap_out",
     SetStreamedLimit: "expansion_governor",
+    MasksMade: "guide",
+    MasksLate: "scheduler",
 }
 """Who sends the scheduler what; everything else comes from one sender, or from callers."""
-ACTORS = ("delivery", "scheduler", "compute", "swap_in", "swap_out", "expansion_governor")
+ACTORS = ("delivery", "scheduler", "compute", "swap_in", "swap_out", "expansion_governor", "guide")
 
 
 def sender_of(message: Any) -> str:

@@ -18,6 +18,8 @@ from pie_async.messages import (
     IterationObserved,
     LaneBinding,
     LimitCause,
+    MaskMade,
+    MaskOrder,
     Message,
     PromptLogprobs,
     Row,
@@ -27,14 +29,19 @@ from pie_async.messages import (
     encode,
 )
 from pie_async.sampling_params import SamplingParams
+from pie_async.structured import StructuredOutputs
 
 INTS = st.integers(0, 2**62)
 SECONDS = st.floats(0, 1e6)
 TOKENS = st.lists(st.integers(0, 200_000), max_size=4).map(tuple)
 REASONS = st.sampled_from(["stop", "length", "abort"])
 
+GUIDES = st.builds(StructuredOutputs, regex=st.text("ab", min_size=1, max_size=3)) | st.builds(
+    StructuredOutputs, json=st.dictionaries(st.text("ab", max_size=2), INTS, max_size=2)
+)
 SAMPLING = st.builds(
     SamplingParams,
+    structured_outputs=st.none() | GUIDES,
     n=st.integers(1, 4),
     temperature=st.floats(0, 2),
     top_p=st.floats(0.1, 1),
@@ -48,7 +55,11 @@ SAMPLING = st.builds(
 )
 PAIRS = st.lists(st.tuples(st.integers(0, 99), st.floats(-50, 0)), max_size=2).map(tuple)
 PARTS = {
-    Row: st.builds(Row, INTS, INTS, INTS, TOKENS, st.booleans()),
+    Row: st.builds(Row, INTS, INTS, INTS, TOKENS, st.booleans(), st.none() | INTS),
+    MaskOrder: st.builds(MaskOrder, INTS, INTS, TOKENS, st.none() | GUIDES),
+    MaskMade: st.builds(
+        MaskMade, INTS, INTS, SECONDS, st.booleans(), st.none() | st.text(max_size=9)
+    ),
     TableUpdate: st.builds(TableUpdate, INTS, INTS, TOKENS),
     CopyRun: st.builds(CopyRun, INTS, INTS, INTS),
     BlockMove: st.builds(BlockMove, INTS, INTS, INTS),
@@ -64,6 +75,7 @@ PARTS[Advance] = st.builds(
     st.none() | REASONS,
     st.none() | INTS,
     INTS,
+    st.none() | st.text(max_size=9),
     st.none() | st.text(max_size=9),
 )
 PARTS[LaneBinding] = st.builds(
@@ -86,6 +98,8 @@ BY_NAME = {
     "runs": PARTS[CopyRun],
     "moves": PARTS[BlockMove],
     "sampled": PARTS[SampledToken],
+    "orders": PARTS[MaskOrder],
+    "masks": PARTS[MaskMade],
     "prompt_logprobs": PARTS[PromptLogprobs],
     "advances": PARTS[Advance],
     "is_staged": st.booleans(),
@@ -95,6 +109,7 @@ BY_NAME = {
     "cache_salt": st.none() | st.text(max_size=8),
 }
 MANY = {"rows", "bindings", "tables", "runs", "moves", "sampled", "prompt_logprobs", "advances"}
+MANY |= {"orders", "masks"}
 TUPLES_OF_INTS = {
     "sequences", "prompt_tokens", "output_tokens", "blocks", "failed", "unstaged",
 }  # fmt: skip

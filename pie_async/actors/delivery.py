@@ -7,7 +7,7 @@ import contextlib
 from collections.abc import Callable
 from typing import assert_never
 
-from pie_async.errors import MailboxClosed, PieError, SequenceLost
+from pie_async.errors import MailboxClosed, PieError
 from pie_async.ids import SequenceId
 from pie_async.messages import (
     Cancel,
@@ -18,7 +18,7 @@ from pie_async.messages import (
     SequencesAdvanced,
 )
 from pie_async.readers import Readers
-from pie_async.request_stream import RequestStream
+from pie_async.request_stream import RequestStream, failure_of
 from pie_async.runtime.actor import Actor, Observer
 from pie_async.runtime.mailbox import Mailbox
 
@@ -101,8 +101,8 @@ class DeliveryActor(Actor[DeliveryMail]):
             stream = self._streams.get(advance.sequence)
             if stream is None:
                 continue  # it reached a stop string while its next token was under way
-            if advance.lost_because is not None:
-                self._fail(stream, SequenceLost(f"{advance.lost_because}; send the request again"))
+            if (failure := failure_of(advance)) is not None:
+                self._fail(stream, failure)
                 continue
             if stream.push(advance):
                 stopped.append(advance.sequence)

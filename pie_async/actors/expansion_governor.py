@@ -18,7 +18,8 @@ class ExpansionGovernorActor(Actor[GovernorMail]):
         *,
         observer: Observer | None = None,
     ) -> None:
-        super().__init__("expansion_governor", capacity=64, observer=observer)
+        # What was staged may be told late, of many iterations at once: then so is this.
+        super().__init__("expansion_governor", capacity=1024, observer=observer)
         self._headroom = headroom
         self._scheduler = scheduler
         self._told: tuple[int, LimitCause] | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
@@ -13,7 +14,8 @@ import msgspec
 from pie_async.core import invariants
 from pie_async.core.batching import IterationPlan, plan_iteration
 from pie_async.core.schedule import Launched, Schedule
-from pie_async.ids import IterationId
+from pie_async.errors import MailboxClosed
+from pie_async.ids import IterationId, SequenceId
 from pie_async.messages import (
     Advance,
     Cancel,
@@ -21,10 +23,15 @@ from pie_async.messages import (
     DeliveryMail,
     Drain,
     Drained,
+    ForgetGuides,
     GovernorMail,
+    GuideMail,
     IterationObserved,
     IterationRan,
     IterationStaged,
+    MakeMasks,
+    MasksLate,
+    MasksMade,
     PoolGrown,
     PoolShrunk,
     PromptLogprobs,
@@ -50,6 +57,10 @@ from pie_async.runtime.mailbox import Mailbox
 
 NO_ITERATION = IterationId(0)
 """Set in facts that no iteration caused."""
+MOST_PATIENCE_S = 2e-3
+PATIENCE = 0.25
+"""How long planning waits for masks: so much of the last iteration's time, at most the above. The
+device is still busy with the iteration in flight, and most masks take less than 0.1 ms."""
 
 
 class Neighbours(msgspec.Struct, frozen=True, kw_only=True):
@@ -61,6 +72,8 @@ class Neighbours(msgspec.Struct, frozen=True, kw_only=True):
     delivery: Mailbox[DeliveryMail]
     governor: Mailbox[GovernorMail] | None
     """None: the streamed limit is fixed."""
+    guide: Mailbox[GuideMail] | None = None
+    """None: no sequence is guided."""
 
 
 class SchedulerActor(Actor[SchedulerMail]):
@@ -92,6 +105,9 @@ class SchedulerActor(Actor[SchedulerMail]):
         self._now_s: Callable[[], float] = time.monotonic
         self._progress_s = 0.0
         """When the oldest iteration in flight came first: loop time."""
+        self._awaited: set[SequenceId] = set()
+        """Sequences whose masks the next plan waits for."""
+        self._waits = 0
 
     def connect(self, neighbours: Neighbours) -> None:
         """Say where decisions go; before `run`."""
@@ -106,7 +122,8 @@ class SchedulerActor(Actor[SchedulerMail]):
         self._take_in(mail)
         if self._checks_invariants:
             invariants.check(self._schedule)
-        if not len(self.mailbox):  # let everything that has arrived take part in one plan
+        # Everything that has arrived takes part in one plan.
+        if not len(self.mailbox) and not self._awaited:
             self._plan()
 
     def _take_in(self, mail: SchedulerMail) -> None:
@@ -134,6 +151,8 @@ class SchedulerActor(Actor[SchedulerMail]):
                     h2d_busy_s=mail.busy_s,
                     copy_attempts_failed=mail.failed_attempts,
                 )
+            case MasksMade() | MasksLate():
+                self._take_masks(mail)
             case SetStreamedLimit():
                 schedule.streamed_limit = mail.limit_blocks
                 schedule.least_streamed = mail.least_blocks
@@ -177,11 +196,13 @@ class SchedulerActor(Actor[SchedulerMail]):
             if self._checks_invariants:
                 invariants.check(schedule)
             self._send(plan)
+            self._order_masks()
             if not plan.rows:
                 break
             self._next_iteration += 1
         if (slots := schedule.residency.pool_size.grow()) is not None:
             self._to.swap_out.post(ResizePool(slots=slots))
+        self._order_masks()  # and have the guides of those that ended forgotten
         if self._is_draining and schedule.is_idle and self._is_settled:
             self._is_draining = False
             self._to.delivery.post(Drained())
@@ -218,12 +239,55 @@ class SchedulerActor(Actor[SchedulerMail]):
         assert self._neighbours is not None, "connect() comes before run()"
         return self._neighbours
 
+    # --- guided sequences ---------------------------------------------------------------------
+
+    def _order_masks(self) -> tuple[SequenceId, ...]:
+        """Order what is wanted; whose masks were ordered."""
+        if self._to.guide is None:
+            return ()
+        if ended := self._schedule.guidance.take_ended():
+            self._to.guide.post(ForgetGuides(sequences=ended))
+        orders = self._schedule.mask_orders()
+        if orders:
+            self._to.guide.post(MakeMasks(orders=orders))
+        return tuple(order.sequence for order in orders)
+
+    def _await_masks(self, last_s: float) -> None:
+        """Order masks for those whose tokens have just come, and let the next plan wait for them
+        a moment: one that comes too late for it costs its sequence an iteration."""
+        self._awaited.update(self._order_masks())
+        schedule = self._schedule
+        is_idle = not schedule.in_flight and not all(seq.is_guided for seq in schedule.running)
+        if not self._awaited or is_idle:
+            self._awaited.clear()
+            return
+        self._waits += 1
+        asyncio.get_running_loop().call_later(
+            min(MOST_PATIENCE_S, PATIENCE * last_s), self._masks_late, self._waits
+        )
+
+    def _masks_late(self, number: int) -> None:
+        if number == self._waits and self._awaited:
+            with contextlib.suppress(MailboxClosed):
+                self.mailbox.post(MasksLate(number=number))
+
+    def _take_masks(self, mail: MasksMade | MasksLate) -> None:
+        match mail:
+            case MasksMade():
+                self._awaited.difference_update(mask.sequence for mask in mail.masks)
+                self._tell(self._schedule.masks_made(mail.masks), NO_ITERATION)
+            case MasksLate():
+                if mail.number == self._waits:
+                    self._awaited.clear()
+
     # --- settling ---------------------------------------------------------------------------
 
     def _settle(self, ran: IterationRan) -> None:
         self._progress_s = self._now_s()
         launched, advances = self._schedule.settle(ran.iteration, ran.sampled, ran.unstaged)
         self._tell(advances, ran.iteration, ran.prompt_logprobs)
+        if self._schedule.guidance.num_guided:
+            self._await_masks(ran.compute_s)
         self._add(iterations=1, compute_s=ran.compute_s, stall_s=ran.stall_s)
         if launched.is_staged and ran.iteration not in self._staged:
             self._awaiting_staging[ran.iteration] = (launched, ran)

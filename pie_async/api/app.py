@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 from aiohttp import web
 from prometheus_client.aiohttp import make_aiohttp_handler
@@ -39,7 +40,7 @@ def create_app(
     keepalive_s: float = 10.0,
     stall_timeout_s: float = 60.0,
 ) -> web.Application:
-    """OpenAI's API over a started engine, to run alone or mounted in another application.
+    """OpenAI's API over an engine, to run alone or mounted in another application.
 
     The engine stays the caller's: it is neither started nor closed. When the application
     shuts down, answers that are still being sent end with an error event. Run it with
@@ -80,6 +81,9 @@ def create_app(
         [
             web.post("/v1/chat/completions", handlers.chat, expect_handler=expect_body),
             web.post("/v1/completions", handlers.completion, expect_handler=expect_body),
+            web.post("/v1/responses", handlers.respond, expect_handler=expect_body),
+            web.post("/tokenize", handlers.tokenize, expect_handler=expect_body),
+            web.post("/detokenize", handlers.detokenize, expect_handler=expect_body),
             web.get("/v1/models", handlers.models),
             web.get("/v1/models/{model:.+}", handlers.model),
             web.get("/health", handlers.health, name=UNGUARDED_ROUTE),
@@ -92,6 +96,16 @@ def create_app(
     app.on_response_prepare.append(name_response)
     app.on_shutdown.append(_end_answers)
     return app
+
+
+def pie_app(engine: Backend, **options: Any) -> web.Application:
+    """The same under a name that reads well where it is mounted: `app.add_subapp("/llm",
+    pie_app(engine))`. The engine may be started later, before the first request.
+
+    Args:
+        options: those of `create_app`.
+    """
+    return create_app(engine, **options)
 
 
 async def _end_answers(app: web.Application) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from typing import TypeVar
 
 import msgspec
 from aiohttp import web
@@ -18,6 +19,8 @@ from pie_async.openai.backend import Backend
 from pie_async.openai.openapi import openapi_document
 from pie_async.openai.responses import Health, Readiness, Version
 from pie_async.openai.service import OpenAIService
+
+T = TypeVar("T")
 
 
 class Limits(msgspec.Struct, frozen=True, kw_only=True):
@@ -50,6 +53,18 @@ class Handlers:
     async def completion(self, request: web.Request) -> web.StreamResponse:
         """POST /v1/completions"""
         return await self._answer(request, self._service.completion)
+
+    async def respond(self, request: web.Request) -> web.StreamResponse:
+        """POST /v1/responses"""
+        return await self._answer(request, self._service.respond)
+
+    async def tokenize(self, request: web.Request) -> web.Response:
+        """POST /tokenize"""
+        return _json(await self._read(request, self._service.tokenize))
+
+    async def detokenize(self, request: web.Request) -> web.Response:
+        """POST /detokenize"""
+        return _json(await self._read(request, self._service.detokenize))
 
     async def models(self, _request: web.Request) -> web.Response:
         """GET /v1/models"""
@@ -87,20 +102,23 @@ class Handlers:
         self, request: web.Request, accept: Callable[[bytes], Awaitable[Answer]]
     ) -> web.StreamResponse:
         with self._in_flight.admit():
-            with self._room.share() as share:
-                body = await read_body(
-                    request,
-                    share,
-                    max_bytes=self._limits.max_body_bytes,
-                    timeout_s=self._limits.body_timeout_s,
-                )
-                answer = await accept(body)
-            del body
+            answer = await self._read(request, accept)
             try:
                 with self._in_flight.answering(answer):
                     return await self._send(request, answer)
             finally:
                 await answer.aclose()
+
+    async def _read(self, request: web.Request, accept: Callable[[bytes], Awaitable[T]]) -> T:
+        """What becomes of the body, for which there is room until then."""
+        with self._room.share() as share:
+            body = await read_body(
+                request,
+                share,
+                max_bytes=self._limits.max_body_bytes,
+                timeout_s=self._limits.body_timeout_s,
+            )
+            return await accept(body)
 
     async def _send(self, request: web.Request, answer: Answer) -> web.StreamResponse:
         send = send_events if answer.is_streamed else send_body

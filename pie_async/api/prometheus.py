@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Iterator
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import accumulate
 from typing import get_args
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client import CollectorRegistry, Counter, Gauge
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+)
 from prometheus_client.registry import Collector
+from prometheus_client.utils import floatToGoString
 
 from pie_async.messages import LimitCause
 from pie_async.metrics import EngineStats
@@ -20,30 +28,52 @@ _ITL_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.1, 0.25
 _E2E_BUCKETS_S = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 
 
+class Durations(Collector):
+    """A histogram that is told of every token: prometheus_client's takes ten times as long, for it
+    locks for threads that there are not."""
+
+    def __init__(self, name: str, what: str, buckets_s: Sequence[float]) -> None:
+        self._name = name
+        self._what = what
+        self._bounds_s = tuple(buckets_s)
+        self._counts = [0] * (len(self._bounds_s) + 1)
+        self._sum_s = 0.0
+
+    def observe(self, duration_s: float) -> None:
+        """Count one; on the event loop."""
+        self._counts[bisect_left(self._bounds_s, duration_s)] += 1
+        self._sum_s += duration_s
+
+    def collect(self) -> Iterable[Metric]:
+        """See `Collector`."""
+        names = [*map(floatToGoString, self._bounds_s), "+Inf"]
+        buckets = list(zip(names, accumulate(self._counts), strict=True))
+        yield HistogramMetricFamily(self._name, self._what, buckets, self._sum_s)
+
+
 class ServerMetrics:
     """What the HTTP side counts, and the engine's own statistics, read at every scrape."""
 
     def __init__(self, backend: Backend) -> None:
         self.registry = CollectorRegistry()
         self.registry.register(EngineCollector(backend))
-        self._ttft = Histogram(
+        self._ttft = Durations(
             "pie:ttft_seconds",
             "From reading a streamed request to its first output token",
-            buckets=_TTFT_BUCKETS_S,
-            registry=self.registry,
+            _TTFT_BUCKETS_S,
         )
-        self._itl = Histogram(
+        self._itl = Durations(
             "pie:itl_seconds",
             "Gap between two consecutive output tokens of a streamed choice",
-            buckets=_ITL_BUCKETS_S,
-            registry=self.registry,
+            _ITL_BUCKETS_S,
         )
-        self._e2e = Histogram(
+        self._e2e = Durations(
             "pie:e2e_seconds",
             "From reading a request to its last output token",
-            buckets=_E2E_BUCKETS_S,
-            registry=self.registry,
+            _E2E_BUCKETS_S,
         )
+        for durations in (self._ttft, self._itl, self._e2e):
+            self.registry.register(durations)
         self._finished = Counter(
             "pie:choices_finished",
             "Choices by the reason for their end",

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from pie_async.model.config import ModelConfig
     from pie_async.model.decoder import Decoder
+    from pie_async.model.guides import MaskTable
 
 
 class Files(NamedTuple):
@@ -151,8 +152,15 @@ def most_blocks(sizes: Sizes) -> int:
 
 
 def make_parts(
-    config: EngineConfig, files: Files, sizes: Sizes, limits: Limits, device: Device
+    config: EngineConfig,
+    files: Files,
+    sizes: Sizes,
+    limits: Limits,
+    device: Device,
+    masks: MaskTable,
 ) -> Parts:
+    from pie_async.model.guides import GuideCompiler, GuideRoom, ThreadedGuides
+
     info = ModelInfo(
         name=served_name(config.model),
         family=files.config.family,
@@ -161,14 +169,19 @@ def make_parts(
         max_model_len=sizes.max_model_len,
         num_parameters=files.config.num_parameters,
         weight_bytes=sizes.weight_bytes,
+        writes_tools_as="llama3" if files.tokenizer.has_token("<|python_tag|>") else "hermes",
+        thinks=files.tokenizer.has_token("<think>"),
     )
     eos_ids = frozenset(files.config.eos_ids) | frozenset(files.tokenizer.eos_ids)
+    compiler = GuideCompiler(files.tokenizer, info.vocab_size, eos_ids)
     return Parts(
         device=device,
         tokenizer=files.tokenizer,
         model=info,
         eos_ids=eos_ids,
         limits=limits,
+        guides=ThreadedGuides(GuideRoom(compiler, masks)),
+        compiler=compiler,
     )
 
 

@@ -18,6 +18,7 @@ from pie_async.assembly.parts import Parts, Progress
 from pie_async.assembly.sizing import count_device_slots, default_limits, model_layout
 from pie_async.config import EngineConfig
 from pie_async.device.cpu import CpuDevice
+from pie_async.model.guides import mask_shape
 from pie_async.model.runner import ModelRunner
 
 
@@ -47,8 +48,12 @@ def assemble_cpu(config: EngineConfig, progress: Progress | None) -> Parts:
         max_blocks=most_blocks(sizes),
         block_tokens=config.block_tokens,
     )
+    masks = torch.zeros(
+        mask_shape(limits.max_running_sequences, files.config.vocab_size), dtype=torch.int32
+    )
+    runner.use_masks(masks)
     device.load(runner)
-    return make_parts(config, files, sizes, limits, device)
+    return make_parts(config, files, sizes, limits, device, masks.numpy())
 
 
 def default_threads() -> int:

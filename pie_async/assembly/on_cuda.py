@@ -99,8 +99,11 @@ def _assemble_on(
     Args:
         undo: closes what is open, on failure; the driver at first.
     """
+    import torch
+
     from pie_async.cuda.card_memory import CardMemory
     from pie_async.cuda.device import CudaDevice
+    from pie_async.model.guides import mask_shape
 
     memory = CardMemory(driver, config.gpu_memory)
     memory.require_weights(files.config.weight_bytes(dtype.itemsize), files.dtype_name)
@@ -131,12 +134,18 @@ def _assemble_on(
     undo.pop_all()  # the device closes the driver
     undo.callback(device.close)
     runner = _cuda_runner(config, limits, sizes, decoder, product, attention, device.arena.layers)
+    masks = torch.zeros(
+        mask_shape(limits.max_running_sequences, files.config.vocab_size),
+        dtype=torch.int32,
+        pin_memory=driver.device.type == "cuda",  # else a driver of a test stands in
+    )
+    runner.use_masks(masks)
     with ExitStack() as until_loaded:
         until_loaded.callback(runner.close)
         device.load(runner)
         until_loaded.pop_all()  # the device closes the runner
     memory.settle(runner)
-    parts = make_parts(config, files, sizes, limits, device)
+    parts = make_parts(config, files, sizes, limits, device, masks.numpy())
     return msgspec.structs.replace(
         parts,
         decode_floor_s=memory.report(runner).weight_bytes / driver.memory_bytes_per_s,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from pie_async.assembly.byte_tokenizer import ByteTokenizer
 from pie_async.assembly.loading import refuse_quantization
 from pie_async.assembly.parts import Parts
@@ -17,6 +19,7 @@ from pie_async.config import BUILTIN_MODEL, EngineConfig
 from pie_async.device.cost_model import CostModel, gpu_named, link_named, shape_named
 from pie_async.device.protocol import MemoryPlan, chunk_slots_of
 from pie_async.device.sim import SimDevice
+from pie_async.model.guides import GuideCompiler, GuideRoom, TimedGuides, mask_shape
 from pie_async.model_info import ModelInfo
 
 SIM_MODEL = "llama-3.1-8b"
@@ -62,11 +65,17 @@ def assemble_sim(config: EngineConfig) -> Parts:
         checked=config.debug,
         checks_copies=config.check_copies,
     )
+    limits, tokenizer = default_limits(config), ByteTokenizer(shape.vocab_size)
+    compiler = GuideCompiler(tokenizer, shape.vocab_size, (), is_inline=True)
+    masks = np.zeros(mask_shape(limits.max_running_sequences, shape.vocab_size), np.int32)
+    device.use_masks(masks)
     return Parts(
         device=device,
-        tokenizer=ByteTokenizer(shape.vocab_size),
+        tokenizer=tokenizer,
         model=info,
         eos_ids=frozenset(),
-        limits=default_limits(config),
+        limits=limits,
+        guides=TimedGuides(GuideRoom(compiler, masks)),
+        compiler=compiler,
         decode_floor_s=shape.weight_bytes / cost.gpu.hbm_bytes_per_s,
     )

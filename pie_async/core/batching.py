@@ -45,6 +45,8 @@ def plan_iteration(schedule: Schedule, iteration: IterationId) -> IterationPlan:
         moves = plan.swap_out or plan.swap_in or schedule.has_moves
         if plan.rows or moves or schedule.in_flight or schedule.is_resting or schedule.awaits_pool:
             return plan
+        if schedule.guidance.is_wanted(schedule.running):
+            return plan  # masks are on their way
         if schedule.residency.pool_size.is_changing or schedule.residency.pool_size.is_short:
             return plan  # more of the pool is on its way
         # Nothing is under way that could report back: making room must have made some.
@@ -111,16 +113,27 @@ class _Batch:
         """Blocks that prompts under way want in the iteration after this one."""
 
     def decode(self) -> None:
+        holds_guided = self._holds_guided()
         for seq in self._schedule.running:
             expected_len = len(seq.tokens) + seq.samples_in_flight
             if expected_len - seq.num_launched > 1:
                 self._prompts.append(seq)
+            elif seq.is_guided and (holds_guided or not self._schedule.guidance.may_sample(seq)):
+                continue
             elif expected_len < seq.prompt_len + seq.max_tokens and self._budget:
                 if self._has_room(seq, 1):
                     self._add(seq, 1)
                     self._decode_rows += 1
                 else:
                     self._schedule.is_starved = True
+
+    def _holds_guided(self) -> bool:
+        """Whether guided sequences wait for the iteration in flight. If nothing else is to be
+        computed, two iterations of half of them each would take twice as long as one of all."""
+        schedule = self._schedule
+        if not (schedule.in_flight and schedule.guidance.ready):
+            return False
+        return all(seq.is_guided and seq.num_unfed <= 1 for seq in schedule.running)
 
     def prefill(self) -> None:
         for seq in self._prompts:
@@ -160,6 +173,10 @@ class _Batch:
         free = self._schedule.residency.free_device
         slots = (len(seq.table) + free) * size - seq.num_launched
         num_tokens = min(seq.num_unfed, self._budget, slots)
+        if num_tokens == seq.num_unfed and not self._schedule.guidance.may_sample(seq):
+            num_tokens -= 1  # the last one is fed when it is known what may follow
+            if num_tokens == 0:
+                return
         if num_tokens > 0 and self._has_room(seq, num_tokens):
             self._add(seq, num_tokens)
         elif self._budget:
@@ -193,7 +210,8 @@ class _Batch:
         is_fed_back = seq.samples_in_flight > 0
         tokens = () if is_fed_back else tuple(seq.tokens[start : start + num_tokens])
         is_sampled = start + num_tokens == len(seq.tokens) + seq.samples_in_flight
-        self._plan.rows.append(Row(seq.id, seq.lane, start, tokens, is_sampled))
+        mask = self._schedule.guidance.take(seq) if is_sampled else None
+        self._plan.rows.append(Row(seq.id, seq.lane, start, tokens, is_sampled, mask))
         self._sequences.append(seq)
         self._budget -= num_tokens
         if start < seq.prompt_len:

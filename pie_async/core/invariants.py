@@ -27,6 +27,7 @@ def check(schedule: Schedule) -> None:
     for seq in schedule.sequences.values():
         _check_sequence(schedule, seq)
     _check_damaged(schedule)
+    _check_masks(schedule)
     _check_owners(schedule)
     _check_queues(schedule)
 
@@ -146,6 +147,22 @@ def _check_damaged(schedule: Schedule) -> None:
         _require(is_parked, f"damaged sequence {sequence_id} is not parked")
         waits = seq is not None and seq.launches_in_flight > 0
         _require(waits, f"damaged sequence {sequence_id} waits for no iteration")
+
+
+def _check_masks(schedule: Schedule) -> None:
+    """Every mask slot is free, ordered, ready or read; only those that run have one ready."""
+    guidance = schedule.guidance
+    read = [row.mask for each in schedule.in_flight for row in each.rows if row.mask is not None]
+    held = [*guidance.ordered.values(), *guidance.ready.values(), *read]
+    _require(len(set(held)) == len(held), f"a mask slot is held twice: {sorted(held)}")
+    used = guidance.slots.num_used
+    _require(used == len(held), f"{used} mask slots are taken, {len(held)} are held")
+    for sequence_id in guidance.ready:
+        seq = schedule.sequences.get(sequence_id)
+        runs = seq is not None and seq.state is State.RUNNING
+        _require(runs, f"sequence {sequence_id} has a mask but does not run")
+        waits = seq is not None and seq.samples_in_flight == 0
+        _require(waits, f"sequence {sequence_id} has a mask for a token that it does not know")
 
 
 def _check_owners(schedule: Schedule) -> None:

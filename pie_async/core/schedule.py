@@ -13,12 +13,22 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from operator import attrgetter
 
+from pie_async.core.guidance import Guidance
 from pie_async.core.prefix_hash import PrefixHasher
 from pie_async.core.residency import Block, ResidencyMap
 from pie_async.core.sequence import Sequence, State
 from pie_async.core.slots import SlotPool
 from pie_async.ids import BlockId, DeviceSlot, HostSlot, IterationId, Lane, SequenceId
-from pie_async.messages import Advance, BlockMove, PoolGrown, Row, SampledToken, Submit
+from pie_async.messages import (
+    Advance,
+    BlockMove,
+    MaskMade,
+    MaskOrder,
+    PoolGrown,
+    Row,
+    SampledToken,
+    Submit,
+)
 from pie_async.outputs import FinishReason
 
 _by_order = attrgetter("order")
@@ -130,6 +140,7 @@ class Schedule:
     counts: Counts = field(default_factory=Counts)
     lanes: SlotPool = field(init=False)
     hasher: PrefixHasher = field(init=False)
+    guidance: Guidance = field(init=False)
     is_starved: bool = False
     """Whether a running sequence found no device slot for its next tokens."""
     starved_plans: int = 0
@@ -146,6 +157,7 @@ class Schedule:
     def __post_init__(self) -> None:
         self.lanes = SlotPool("lane", self.max_running)
         self.hasher = PrefixHasher(self.prefix_seed, self.block_tokens)
+        self.guidance = Guidance(self.max_running)
 
     # --- commands ---------------------------------------------------------------------------
 
@@ -164,10 +176,12 @@ class Schedule:
                 seed=command.seed + index,
                 max_tokens=command.max_tokens,
                 order=(command.priority, self._arrivals),
+                is_guided=command.sampling.structured_outputs is not None,
                 prefix_root=prefix_root,
             )
             self._arrivals += 1
             self.sequences[seq.id] = seq
+            self.guidance.num_guided += seq.is_guided
             if leader is None or not self.may_share(seq):
                 self._enqueue(seq)
                 leader = leader or seq
@@ -238,6 +252,7 @@ class Schedule:
         launched = self.in_flight.popleft()
         assert launched.iteration == iteration, f"iteration {iteration} settled out of order"
         self.residency.settled(iteration)
+        self.guidance.settled(launched.rows)
         size, sequences = self.block_tokens, self.sequences
         rows, advances = launched.rows, list[Advance]()
         if unstaged:
@@ -257,6 +272,25 @@ class Schedule:
                 advances.append(self._advance(seq, token))
                 self.counts.output_tokens += 1
         return launched, advances
+
+    def mask_orders(self) -> tuple[MaskOrder, ...]:
+        """Masks that running sequences need for their next tokens and that nobody has ordered."""
+        return self.guidance.orders(self.running)
+
+    def masks_made(self, masks: Iterable[MaskMade]) -> list[Advance]:
+        """Orders were carried out. Sequences whose output is complete end, and so do those whose
+        guide has failed."""
+        advances: list[Advance] = []
+        for mask in masks:
+            seq = self.sequences.get(mask.sequence)
+            is_running = seq is not None and seq.state is State.RUNNING
+            self.guidance.made(mask, is_running=is_running)
+            if seq is None or not (mask.is_ended or mask.refusal):
+                continue
+            reason: FinishReason = "abort" if mask.refusal else "stop"
+            self.finish(seq, reason)
+            advances.append(Advance(seq.id, None, reason, unguided_because=mask.refusal))
+        return advances
 
     def swapped_out(self, blocks: Iterable[BlockId], failed: Iterable[BlockId] = ()) -> None:
         """Copies to the pool are over; those that failed leave their blocks where they are."""
@@ -492,6 +526,7 @@ class Schedule:
         seq.move_to(State.FINISHED)
         self._release_table(seq)
         del self.sequences[seq.id]
+        self.guidance.finished(seq)
         self.damaged.discard(seq.id)
         self._free_followers(seq)
         self.counts.sequences_finished += 1
@@ -513,6 +548,7 @@ class Schedule:
         self.running.remove(seq)
         self.lanes.give_back(seq.lane)
         seq.lane = None
+        self.guidance.left_lane(seq)
 
     def _release_table(self, seq: Sequence) -> None:
         for block in reversed(seq.table):  # a cached block without those before it is no use

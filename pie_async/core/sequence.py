@@ -53,6 +53,8 @@ class Sequence:
     max_tokens: int
     order: tuple[int, int]
     """(priority, arrival number): the order in which sequences are served."""
+    is_guided: bool = False
+    """Whether what it may sample depends on what it has sampled."""
     prefix_root: bytes = b""
     """Its tenant's: what its first block's digest is chained to."""
     state: State = State.WAITING

@@ -83,11 +83,16 @@ class FusedRunner:
             pool=torch.cuda.graph_pool_handle() if uses_graphs else None,
         )
 
+    def use_masks(self, masks: Tensor) -> None:
+        """Where the masks of guided sequences lie; see `LaneSampler.use_masks`."""
+        self._model.lanes.sampler.use_masks(masks)
+
     @torch.inference_mode()
     def begin(self, command: RunIteration) -> FusedPass:
         """Apply bindings and block tables, embed the fed tokens."""
         model = self._model
         model.bind(command.bindings)
+        model.lanes.take_masks(command.rows)
         updates = flat_updates(command.tables, model.max_blocks)
         rows = _decode_rows_first(command.rows)
         needs = model.lanes.needs(row for row in rows if row.is_sampled)

@@ -17,10 +17,12 @@ import msgspec
 from pie_async.config import MIB
 from pie_async.core.layout import KvLayout
 from pie_async.device.attempts import Tamper
-from pie_async.ids import HostSlot
+from pie_async.ids import HostSlot, SequenceId
 from pie_async.messages import (
     BlockMove,
     CopyRun,
+    MaskMade,
+    MaskOrder,
     PromptLogprobs,
     RunIteration,
     SampledToken,
@@ -224,3 +226,19 @@ class SwapOutQueue(Protocol):
 
     def resize_pool(self, slots: int) -> None:
         """See `Device`."""
+
+
+class Guides(Protocol):
+    """The guide actor's view of what guides sequences; masks lie where the device reads them."""
+
+    async def make(self, orders: Sequence[MaskOrder]) -> tuple[MaskMade, ...]:
+        """Carry orders out, beside the event loop; those of one sequence never at the same time.
+
+        Never raises: what went wrong is in the result.
+        """
+
+    def forget(self, sequences: Sequence[SequenceId]) -> None:
+        """They have ended, and none of their masks is being made."""
+
+    def close(self) -> None:
+        """No more orders will come."""

@@ -194,6 +194,7 @@ class SimDevice:
             vocab_size=vocab_size or cost.shape.vocab_size,
             end=end or EndOfSequence(),
         )
+        self.use_masks = self.sampler.use_masks
         self._streams = tuple(SimStream(index, self) for index in range(len(STREAMS)))
         self._compute, self._h2d, self._d2h = self._streams
         self._loop: asyncio.AbstractEventLoop | None = None

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
+import numpy as np
 
 from pie_async.errors import DeviceFault
 from pie_async.ids import SequenceId
 from pie_async.messages import LaneBinding, PromptLogprobs, Row, SampledToken
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 _MASK = (1 << 64) - 1
 
@@ -58,6 +62,11 @@ class SimSampler:
         self._end_threshold = int(end.rate * (1 << 24)) if end.ids else 0
         self._lanes: dict[int, _Lane] = {}
         self._wants_prompt_logprobs = False
+        self._masks: NDArray[np.int32] | None = None
+
+    def use_masks(self, masks: NDArray[np.int32]) -> None:
+        """Where the masks of guided sequences lie: [slots, words], lowest bits first."""
+        self._masks = masks
 
     def bind(self, binding: LaneBinding) -> None:
         """A sequence takes over a lane."""
@@ -113,7 +122,9 @@ class SimSampler:
         lane = self._lane(row)
         position = row.start + (len(row.tokens) or 1)
         drawn = hash((lane.salt, position)) & _MASK
-        if position >= lane.may_end_at and drawn >> 40 < self._end_threshold:
+        if row.mask is not None:
+            token = self._draw_allowed(drawn, row.mask, lane.stop_ids)
+        elif position >= lane.may_end_at and drawn >> 40 < self._end_threshold:
             token = self._end.ids[drawn % len(self._end.ids)]
         else:
             token = drawn % self._vocab_size
@@ -123,6 +134,15 @@ class SimSampler:
         if lane.num_logprobs is None:
             return SampledToken(row.sequence, token)
         return self._with_logprobs(row, token, lane.num_logprobs)
+
+    def _draw_allowed(self, drawn: int, slot: int, stop_ids: frozenset[int]) -> int:
+        """One of the tokens that a mask allows; one that stops nothing, if there is one."""
+        assert self._masks is not None, "use_masks() comes before guided sequences"
+        bits = np.unpackbits(self._masks[slot].view(np.uint8), bitorder="little")
+        allowed = np.flatnonzero(bits[: self._vocab_size])
+        count = len(allowed)
+        tokens = (int(allowed[(drawn + i) % count]) for i in range(count))
+        return next((token for token in tokens if token not in stop_ids), int(allowed[0]))
 
     def _wrong(self, right: SampledToken) -> SampledToken:
         return msgspec.structs.replace(right, token=(right.token + 1) % self._vocab_size)

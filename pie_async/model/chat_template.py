@@ -56,8 +56,19 @@ class ChatTemplate:
                 f"the chat template in {path} is not valid: {error.message}"
             ) from error
 
-    def render(self, messages: Sequence[ChatMessage], *, add_generation_prompt: bool = True) -> str:
+    def render(
+        self,
+        messages: Sequence[ChatMessage],
+        *,
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        options: Mapping[str, bool] | None = None,
+    ) -> str:
         """The prompt text.
+
+        Args:
+            tools: what the model may call, if anything.
+            options: further variables; those of the model's files win.
 
         Raises:
             InvalidRequest: the template refuses these messages, or takes too long over them.
@@ -66,10 +77,10 @@ class ChatTemplate:
             return self._environment.render_template(
                 "chat",
                 messages=[dict(message) for message in messages],
-                tools=None,
+                tools=tools or None,
                 documents=None,
                 add_generation_prompt=add_generation_prompt,
-                **self._variables,
+                **{**(options or {}), **self._variables},
             )
         except _TemplateRefusal as refusal:
             reason = str(refusal)

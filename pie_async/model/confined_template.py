@@ -77,8 +77,15 @@ class ConfinedTemplate:
         else:
             ChatTemplate(source, variables, path=path)  # only to see whether it is well-formed
 
-    def render(self, messages: Sequence[ChatMessage], *, add_generation_prompt: bool = True) -> str:
-        """The prompt text.
+    def render(
+        self,
+        messages: Sequence[ChatMessage],
+        *,
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        options: Mapping[str, bool] | None = None,
+    ) -> str:
+        """The prompt text; arguments as `ChatTemplate.render`.
 
         Raises:
             InvalidRequest: the template refuses these messages, or takes too much time or memory
@@ -87,6 +94,8 @@ class ConfinedTemplate:
         command = Render(
             messages=[dict(message) for message in messages],
             add_generation_prompt=add_generation_prompt,
+            tools=[dict(tool) for tool in tools] if tools else None,
+            options=dict(options or {}),
         )
         with self._lock:
             outcome = self._ask(command)

@@ -56,6 +56,11 @@ class Lanes:
             self.bindings[binding.lane] = binding
             self.sampler.bind(binding)
 
+    def take_masks(self, rows: Iterable[Row]) -> None:
+        """Sample these rows under their masks, in this iteration."""
+        if masked := {row.lane: row.mask for row in rows if row.mask is not None}:
+            self.sampler.set_masks(masked)
+
     @property
     def counts_tokens(self) -> bool:
         """Whether some sequence's penalties need to know what is fed."""

@@ -60,10 +60,15 @@ class ModelRunner:
         self._planner = Planner(self._kv[0], self._tables, decoder.dtype)
         self._lanes = Lanes(lanes, decoder.config.vocab_size, device, decoder.logits)
 
+    def use_masks(self, masks: Tensor) -> None:
+        """Where the masks of guided sequences lie; see `LaneSampler.use_masks`."""
+        self._lanes.sampler.use_masks(masks)
+
     @torch.inference_mode()
     def begin(self, command: RunIteration) -> ModelPass:
         """Apply bindings and block tables, plan attention, embed the fed tokens."""
         self._lanes.bind(command.bindings)
+        self._lanes.take_masks(command.rows)
         self._update_tables(command.tables)
         spans = [Span(row.lane, row.start, row.num_tokens) for row in command.rows]
         order = order_spans(spans)

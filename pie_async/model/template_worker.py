@@ -39,6 +39,8 @@ class Render(msgspec.Struct, frozen=True, kw_only=True):
 
     messages: list[dict[str, Any]]
     add_generation_prompt: bool
+    tools: list[dict[str, Any]] | None = None
+    options: dict[str, bool] = {}
 
 
 class Outcome(msgspec.Struct, frozen=True, kw_only=True):
@@ -79,7 +81,10 @@ def _compile(connection: socket.socket, command: Open) -> ChatTemplate:
 def _render(template: ChatTemplate, command: Render) -> Outcome:
     try:
         text = template.render(
-            command.messages, add_generation_prompt=command.add_generation_prompt
+            command.messages,
+            add_generation_prompt=command.add_generation_prompt,
+            tools=command.tools,
+            options=command.options,
         )
         return Outcome(text=text)
     except InvalidRequest as refusal:

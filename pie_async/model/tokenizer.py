@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
+from pie_async.chat_options import ChatOptions
 from pie_async.errors import ContextTooLong, InvalidRequest
 from pie_async.model.chat_template import ChatMessage
 from pie_async.model.confined_template import ConfinedTemplate
@@ -26,6 +30,7 @@ from pie_async.model.tokenizer_files import (
 )
 
 if TYPE_CHECKING:
+    from llguidance import LLTokenizer
     from tokenizers import Tokenizer as Backend
 
 __all__ = ["ChatMessage", "Detokenizer", "Tokenizer"]
@@ -124,7 +129,11 @@ class Tokenizer:
                 )
 
     def render_chat(
-        self, messages: Sequence[ChatMessage], *, add_generation_prompt: bool = True
+        self,
+        messages: Sequence[ChatMessage],
+        *,
+        add_generation_prompt: bool = True,
+        options: ChatOptions | None = None,
     ) -> str:
         """The prompt text of a conversation.
 
@@ -139,7 +148,15 @@ class Tokenizer:
             for field, value in message.items():
                 for text in _strings(value):
                     _check_unicode(text, f"messages[{index}].{field}")
-        return self._chat_template.render(messages, add_generation_prompt=add_generation_prompt)
+        options = options or ChatOptions()
+        for text in _strings(options.tools):
+            _check_unicode(text, "tools")
+        return self._chat_template.render(
+            messages,
+            add_generation_prompt=add_generation_prompt,
+            tools=options.tools,
+            options=options.variables,
+        )
 
     def encode_chat(
         self,
@@ -147,11 +164,12 @@ class Tokenizer:
         *,
         add_generation_prompt: bool = True,
         most_tokens: int | None = None,
+        options: ChatOptions | None = None,
     ) -> list[int]:
         """Token ids of a conversation. Control tokens come from the template alone.
 
-        What spells a control token inside a message is encoded as the text it is: it is put in
-        marks before rendering, and the marked parts of the rendered text are encoded apart.
+        What spells a control token inside a message or a tool is encoded as the text it is: it is
+        put in marks before rendering, and the marked parts of the rendered text are encoded apart.
         Messages without such text, nearly all, are encoded exactly as rendered.
 
         Raises:
@@ -159,8 +177,12 @@ class Tokenizer:
                 template's outcome depends on that, so that it cannot be told apart.
             ContextTooLong: as `encode`.
         """
-        rendered = self.render_chat(messages, add_generation_prompt=add_generation_prompt)
-        if not any(self._control.is_in(text) for text in _strings(messages)):
+        options = options or ChatOptions()
+        rendered = self.render_chat(
+            messages, add_generation_prompt=add_generation_prompt, options=options
+        )
+        texts = itertools.chain(_strings(messages), _strings(options.tools))
+        if not any(map(self._control.is_in, texts)):
             return self.encode(rendered, add_special_tokens=False, most_tokens=most_tokens)
         if most_tokens is not None and len(rendered) > most_tokens:
             self._check_length(rendered, most_tokens)
@@ -171,9 +193,16 @@ class Tokenizer:
                 "private use to set it apart; remove it",
                 param="messages",
             )
+
+        def mark(text: str) -> str:
+            return self._control.mark(text, marks)
+
         marked = self.render_chat(
-            _with_strings(messages, lambda text: self._control.mark(text, marks)),
+            _with_strings(messages, mark),
             add_generation_prompt=add_generation_prompt,
+            options=msgspec.structs.replace(
+                options, tools=tuple(_with_strings(options.tools, mark))
+            ),
         )
         if re.sub(f"[{marks}]", "", marked) != rendered:
             raise InvalidRequest(
@@ -194,11 +223,23 @@ class Tokenizer:
         text: str = self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
         return text
 
+    def has_token(self, text: str) -> bool:
+        """Whether the vocabulary has a token that spells just this."""
+        return self._backend.token_to_id(text) is not None
+
     def token_text(self, token: int) -> str:
         """One token as text, for display: spaces kept, part of a character replaced."""
         if self._token_bytes is None:
             return self.decode([token], skip_special_tokens=False)
         return self._token_bytes.get(token, skip_special_tokens=False).decode(errors="replace")
+
+    def guide_tokens(self, vocab_size: int, end_ids: Sequence[int]) -> LLTokenizer:
+        """See `guides.Spelling`. Takes a second for 100,000 tokens."""
+        from llguidance import LLTokenizer
+
+        return LLTokenizer(
+            self._backend.to_str(), n_vocab=vocab_size, eos_token=list(end_ids) or None
+        )
 
     def detokenizer(
         self, prompt_tokens: Sequence[int], *, skip_special_tokens: bool = True

@@ -7,31 +7,34 @@ import logging
 from collections.abc import AsyncGenerator, Iterable, Iterator, Sequence
 from typing import Protocol
 
-import msgspec
-
 from pie_async.errors import PieError
-from pie_async.openai.errors import error_reply
+from pie_async.openai.errors import ErrorReply, error_reply
 from pie_async.openai.feed import Arrival, OutputFeed
+from pie_async.openai.framing import KEEPALIVE, Framing, encoder
 from pie_async.openai.latency import RequestLatency
 from pie_async.openai.responses import Response, Usage
 from pie_async.openai.usage import UsageCounter
 from pie_async.outputs import RequestOutput
 
-KEEPALIVE = b": keepalive\n\n"
-DONE = b"data: [DONE]\n\n"
-
 _log = logging.getLogger(__name__)
-_encoder = msgspec.json.Encoder()
 
 
 class Writer(Protocol):
-    """One endpoint's dialect: `ChatWriter` or `CompletionWriter`."""
+    """One endpoint's dialect: `ChatWriter`, `CompletionWriter` or `ResponseWriter`."""
+
+    framing: Framing
 
     def opening(self) -> Iterator[Response]: ...
 
     def chunks(self, prompt_index: int, output: RequestOutput, /) -> Iterator[Response]: ...
 
-    def usage_chunk(self, usage: Usage) -> Response: ...
+    def ending(self, usage: Usage) -> Iterator[Response]:
+        """What a stream ends with when all choices have."""
+        ...
+
+    def failure(self, reply: ErrorReply) -> bytes:
+        """The event that a stream ends with when it failed."""
+        ...
 
     def response(self, outputs: Sequence[RequestOutput], usage: Usage) -> Response: ...
 
@@ -48,7 +51,6 @@ class Answer:
         usage: UsageCounter,
         latency: RequestLatency,
         is_streamed: bool,
-        wants_usage_chunk: bool,
         keepalive_s: float,
     ) -> None:
         self.response_id = response_id
@@ -57,26 +59,26 @@ class Answer:
         self._writer = writer
         self._usage = usage
         self._latency = latency
-        self._wants_usage_chunk = wants_usage_chunk
+        self._frames = writer.framing.frames
         self._keepalive_s = keepalive_s
 
     async def events(self) -> AsyncGenerator[bytes]:
         """Server-sent events, several at a time when they came at the same time.
 
-        Ends with `[DONE]` or, if anything fails, with an error event. A comment is sent when
-        nothing came for `keepalive_s`. Closing the generator cancels the request.
+        Ends as the endpoint's streams do or, if anything fails, with an error event. A comment is
+        sent when nothing came for `keepalive_s`. Closing the generator cancels the request.
         """
         try:
-            if opening := _frames(self._writer.opening()):
+            if opening := self._frames(self._writer.opening()):
                 yield opening
             while (arrivals := await self._next_arrivals()) is not None:
                 if events := self._event_bytes(arrivals) if arrivals else KEEPALIVE:
                     yield events
             self._finish()
-            yield self._last_events()
+            yield self._frames(self._writer.ending(self._usage.usage)) + self._writer.framing.end
         except Exception as error:  # the status line is out: an event is all that can tell
             log_failure(error, self.response_id)
-            yield error_reply(error).event
+            yield self._writer.failure(error_reply(error))
         finally:
             await self.aclose()
 
@@ -92,7 +94,7 @@ class Answer:
                 final.update((arrival.prompt_index, arrival.output) for arrival in arrivals)
             self._finish()
             outputs = [final[prompt_index] for prompt_index in sorted(final)]
-            return _encoder.encode(self._writer.response(outputs, self._usage.usage))
+            return encoder.encode(self._writer.response(outputs, self._usage.usage))
         finally:
             await self.aclose()
 
@@ -114,14 +116,9 @@ class Answer:
     def _event_bytes(self, arrivals: Iterable[Arrival]) -> bytes:
         """Empty if the arrivals hold nothing to show yet."""
         return b"".join(
-            _frames(self._writer.chunks(arrival.prompt_index, arrival.output))
+            self._frames(self._writer.chunks(arrival.prompt_index, arrival.output))
             for arrival in arrivals
         )
-
-    def _last_events(self) -> bytes:
-        if not self._wants_usage_chunk:
-            return DONE
-        return _frames([self._writer.usage_chunk(self._usage.usage)]) + DONE
 
     def _finish(self) -> None:
         self._latency.finish(asyncio.get_running_loop().time())
@@ -137,7 +134,3 @@ def log_failure(error: BaseException, name: str) -> None:
         _log.error("request %s failed: %s", name, error, exc_info=error)
     elif status > 500:
         _log.warning("request %s failed: %s", name, error)
-
-
-def _frames(chunks: Iterable[Response]) -> bytes:
-    return b"".join([b"data: " + _encoder.encode(chunk) + b"\n\n" for chunk in chunks])

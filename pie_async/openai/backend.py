@@ -6,13 +6,14 @@ Structural types, so that an engine in another process, or a scripted one in a t
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping, Sequence
-from typing import Protocol
+from typing import Any, Literal, Protocol
 
+from pie_async.chat_options import ChatOptions
 from pie_async.metrics import EngineStats
 from pie_async.outputs import RequestOutput
 from pie_async.sampling_params import SamplingParams
 
-Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
+Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
 """A text, token ids, or a conversation."""
 
 
@@ -40,6 +41,12 @@ class ServedModel(Protocol):
     @property
     def max_model_len(self) -> int: ...
 
+    @property
+    def writes_tools_as(self) -> Literal["hermes", "llama3"]: ...
+
+    @property
+    def thinks(self) -> bool: ...
+
 
 class TextDecoder(Protocol):
     """The part of the tokenizer that echoing prompts takes."""
@@ -66,6 +73,10 @@ class Backend(Protocol):
 
     def stats(self) -> EngineStats: ...
 
+    async def tokenize(self, prompt: Prompt) -> list[int]:
+        """The token ids that a prompt becomes. Raises: as `submit`."""
+        ...
+
     async def submit(
         self,
         prompt: Prompt,
@@ -74,6 +85,7 @@ class Backend(Protocol):
         request_id: str | None = None,
         priority: int = 0,
         cache_salt: str | None = None,
+        chat: ChatOptions | None = None,
     ) -> OutputStream:
         """Accept a request; tokenizing happens off the loop.
 

@@ -6,6 +6,8 @@ from collections.abc import Iterator, Sequence
 
 import msgspec
 
+from pie_async.openai.errors import ErrorReply
+from pie_async.openai.framing import PLAIN
 from pie_async.openai.logprobs import chat_logprobs
 from pie_async.openai.responses import (
     ChatChoice,
@@ -19,12 +21,16 @@ from pie_async.openai.responses import (
     Usage,
     UsageField,
 )
+from pie_async.openai.speaker import Speaker
 from pie_async.openai.usage import choice_end
 from pie_async.outputs import CompletionOutput, RequestOutput
+from pie_async.parsing.events import MakeParser
 
 
 class ChatWriter:
     """Writes the chunks or the response of one chat request."""
+
+    framing = PLAIN
 
     def __init__(
         self,
@@ -35,14 +41,29 @@ class ChatWriter:
         choices: int,
         top_logprobs: int | None,
         has_usage: bool,
+        make_parser: MakeParser | None = None,
+        one_call_only: bool = False,
     ) -> None:
-        """`top_logprobs`: None for no logprobs; `has_usage`: chunks carry the usage key."""
+        """Say what the chunks are to carry.
+
+        Args:
+            top_logprobs: None for no logprobs.
+            has_usage: chunks carry the usage key.
+            make_parser: of what takes thoughts and calls of tools out of the text; None: there
+                are none.
+            one_call_only: leave further calls of a choice out.
+        """
         self._id = response_id
         self._created = created
         self._model = model
-        self._choices = choices
         self._top_logprobs = top_logprobs
         self._no_usage: UsageField = None if has_usage else msgspec.UNSET
+        self._choices = choices
+        self._speakers = (
+            None
+            if make_parser is None
+            else [Speaker(make_parser(), one_call_only=one_call_only) for _ in range(choices)]
+        )
 
     def opening(self) -> Iterator[ChatChunk]:
         """What is sent before any output: every choice's role."""
@@ -56,21 +77,27 @@ class ChatWriter:
         for choice in output.outputs:
             end = choice_end(choice)
             logprobs = self._logprobs(choice)
-            if choice.text or logprobs is not None:
-                delta = ChatDelta(content=choice.text)
+            for delta in self._deltas(choice, is_last=end is not None, is_empty=logprobs is None):
                 yield self._chunk(
                     ChatChunkChoice(index=choice.index, delta=delta, logprobs=logprobs)
                 )
+                logprobs = None
             if end is not None:
+                end = self._end(choice, end)
                 yield self._chunk(
                     ChatChunkChoice(index=choice.index, delta=ChatDelta(), finish_reason=end)
                 )
 
-    def usage_chunk(self, usage: Usage) -> ChatChunk:
+    def ending(self, usage: Usage) -> Iterator[ChatChunk]:
         """The last chunk of a stream that asked for usage: no choices."""
-        return ChatChunk(
-            id=self._id, created=self._created, model=self._model, choices=[], usage=usage
-        )
+        if self._no_usage is None:
+            yield ChatChunk(
+                id=self._id, created=self._created, model=self._model, choices=[], usage=usage
+            )
+
+    def failure(self, reply: ErrorReply) -> bytes:
+        """The event that a stream ends with when it failed."""
+        return reply.event
 
     def response(self, outputs: Sequence[RequestOutput], usage: Usage) -> ChatResponse:
         """The whole answer from the final output."""
@@ -79,14 +106,30 @@ class ChatWriter:
             id=self._id, created=self._created, model=self._model, choices=choices, usage=usage
         )
 
+    def _deltas(
+        self, choice: CompletionOutput, *, is_last: bool, is_empty: bool
+    ) -> Sequence[ChatDelta]:
+        """What is new; `is_empty`: there are no logprobs either, that need a delta to be in."""
+        if self._speakers is None:
+            return [ChatDelta(content=choice.text)] if choice.text or not is_empty else ()
+        deltas = self._speakers[choice.index].deltas(choice.text, is_last=is_last)
+        return deltas or (() if is_empty else [ChatDelta(content="")])
+
+    def _end(self, choice: CompletionOutput, end: ChoiceEnd) -> ChoiceEnd:
+        has_called = self._speakers is not None and self._speakers[choice.index].has_called
+        return "tool_calls" if has_called and end == "stop" else end
+
     def _choice(self, choice: CompletionOutput) -> ChatChoice:
-        end: ChoiceEnd | None = choice_end(choice)
+        end = choice_end(choice)
         assert end is not None, "a final output has ended"
+        message = ChatMessage(content=choice.text)
+        if self._speakers is not None:
+            message = self._speakers[choice.index].message(choice.text)
         return ChatChoice(
             index=choice.index,
-            message=ChatMessage(content=choice.text),
+            message=message,
             logprobs=self._logprobs(choice),
-            finish_reason=end,
+            finish_reason=self._end(choice, end),
         )
 
     def _logprobs(self, choice: CompletionOutput) -> ChatLogprobs | None:

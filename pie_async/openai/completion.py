@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator, Sequence
 
 import msgspec
 
+from pie_async.openai.errors import ErrorReply
+from pie_async.openai.framing import PLAIN
 from pie_async.openai.logprobs import CompletionLogprobsWriter
 from pie_async.openai.responses import (
     CompletionChoice,
@@ -23,6 +25,8 @@ class CompletionWriter:
 
     Choice numbers: those of prompt p are p * n .. p * n + n - 1.
     """
+
+    framing = PLAIN
 
     def __init__(
         self,
@@ -64,9 +68,14 @@ class CompletionWriter:
             if written.text or written.logprobs is not None or written.finish_reason is not None:
                 yield self._response([written], self._no_usage)
 
-    def usage_chunk(self, usage: Usage) -> CompletionResponse:
+    def ending(self, usage: Usage) -> Iterator[CompletionResponse]:
         """The last chunk of a stream that asked for usage: no choices."""
-        return self._response([], usage)
+        if self._no_usage is None:
+            yield self._response([], usage)
+
+    def failure(self, reply: ErrorReply) -> bytes:
+        """The event that a stream ends with when it failed."""
+        return reply.event
 
     def response(self, outputs: Sequence[RequestOutput], usage: Usage) -> CompletionResponse:
         """The whole answer from one final output per prompt."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
 import msgspec
 
@@ -12,14 +12,18 @@ from pie_async.errors import InvalidRequest
 MAX_MESSAGES = 16_384
 """Most messages of a request, and most parts of their contents."""
 
-NotSupported = Annotated[
-    msgspec.Raw, msgspec.Meta(description="Not supported: leave it out, or null or [].")
-]
-
-
-_ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+_ROLES = {
+    "system": "system",
+    "developer": "system",
+    "user": "user",
+    "assistant": "assistant",
+    "tool": "tool",
+}
 """OpenAI's "developer" takes the place of "system"; templates know only the latter."""
-_NULL = msgspec.Raw(b"null")
+
+
+_TEXT_PARTS = ("text", "input_text", "output_text")
+"""The latter two are those of /v1/responses."""
 
 
 class ContentPart(msgspec.Struct, frozen=True, kw_only=True, gc=False):
@@ -29,16 +33,38 @@ class ContentPart(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     text: str | None = None
 
 
+class CalledFunction(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+    """What was called."""
+
+    name: str
+    arguments: str = ""
+    """A JSON object, as text."""
+
+
+class ToolCall(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+    """A call that the assistant made."""
+
+    id: str = ""
+    type: str = "function"
+    function: CalledFunction
+
+
 class Message(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """One turn of a conversation."""
 
     role: Annotated[str, msgspec.Meta(extra_json_schema={"enum": list(_ROLES)})]
     content: str | list[ContentPart] | None = None
-    tool_calls: NotSupported = msgspec.field(default_factory=lambda: _NULL)
+    name: str | None = None
+    tool_calls: list[ToolCall] | None = None
+    """Of the assistant."""
+    tool_call_id: str | None = None
+    """Of a tool: which call this is the outcome of."""
+    reasoning_content: str | None = None
+    """Of the assistant: what it thought."""
 
 
-def read_conversation(messages: Sequence[Message]) -> list[Mapping[str, str]]:
-    """A role and a text per message.
+def read_conversation(messages: Sequence[Message]) -> list[Mapping[str, Any]]:
+    """A role and a text per message, and what belongs to calls of tools.
 
     Raises:
         InvalidRequest: too many, or a role or a content that cannot be rendered, e.g.
@@ -46,41 +72,77 @@ def read_conversation(messages: Sequence[Message]) -> list[Mapping[str, str]]:
     """
     if not messages:
         raise InvalidRequest("messages must hold at least one message", param="messages")
-    parts = sum(len(each.content) for each in messages if isinstance(each.content, list))
+    parts = sum(
+        len(each.tool_calls or ()) + (len(each.content) if isinstance(each.content, list) else 0)
+        for each in messages
+    )
     if (most := max(len(messages), parts)) > MAX_MESSAGES:
         raise InvalidRequest(
             f"messages has {most} messages or parts; at most {MAX_MESSAGES} are read",
             param="messages",
         )
-    return [_turn(message, index) for index, message in enumerate(messages)]
+    return [read_turn(each, f"messages[{index}]") for index, each in enumerate(messages)]
 
 
-def _turn(message: Message, index: int) -> dict[str, str]:
-    where = f"messages[{index}]"
+def read_turn(message: Message, where: str) -> dict[str, Any]:
+    """As templates read it; `where` is what the client calls it."""
     role = _ROLES.get(message.role)
     if role is None:
         raise InvalidRequest(
             f"{where}.role is {message.role[:40]!r}; it must be one of {', '.join(_ROLES)}",
             param=f"{where}.role",
         )
-    if bytes(message.tool_calls) not in (b"null", b"[]"):
+    turn: dict[str, Any] = {"role": role, "content": _text(message, where)}
+    if role == "assistant":
+        if message.tool_calls:
+            turn["tool_calls"] = [
+                _call(call, f"{where}.tool_calls[{number}]")
+                for number, call in enumerate(message.tool_calls)
+            ]
+        if message.reasoning_content:
+            turn["reasoning_content"] = message.reasoning_content
+    elif message.tool_calls:
         raise InvalidRequest(
-            f"{where}.tool_calls is not supported by this server; leave it out",
-            param=f"{where}.tool_calls",
+            f"{where}.tool_calls is for messages of the assistant", param=f"{where}.tool_calls"
         )
+    if role == "tool":
+        if message.tool_call_id is None:
+            raise InvalidRequest(f"{where}.tool_call_id is required", param=f"{where}.tool_call_id")
+        turn["tool_call_id"] = message.tool_call_id
+        if message.name is not None:
+            turn["name"] = message.name
+    return turn
+
+
+def _text(message: Message, where: str) -> str:
     if message.content is None:
+        if message.role == "assistant" and message.tool_calls:
+            return ""
         raise InvalidRequest(f"{where}.content is required", param=f"{where}.content")
     if isinstance(message.content, str):
-        return {"role": role, "content": message.content}
+        return message.content
     texts = [
         _part_text(part, f"{where}.content[{number}]")
         for number, part in enumerate(message.content)
     ]
-    return {"role": role, "content": "\n".join(texts)}  # joined as vLLM joins them
+    return "\n".join(texts)  # joined as vLLM joins them
+
+
+def _call(call: ToolCall, where: str) -> dict[str, Any]:
+    """As templates read it: with the arguments as an object."""
+    try:
+        arguments = msgspec.json.decode(call.function.arguments or "{}", type=dict[str, Any])
+    except (msgspec.DecodeError, RecursionError):
+        raise InvalidRequest(
+            f"{where}.function.arguments must be the text of a JSON object",
+            param=f"{where}.function.arguments",
+        ) from None
+    function = {"name": call.function.name, "arguments": arguments}
+    return {"id": call.id, "type": "function", "function": function}
 
 
 def _part_text(part: ContentPart, where: str) -> str:
-    if part.type != "text":
+    if part.type not in _TEXT_PARTS:
         raise InvalidRequest(
             f"{where}.type is {part.type[:40]!r}; only text content is supported",
             param=f"{where}.type",

@@ -10,6 +10,7 @@ import msgspec
 from pie_async.errors import (
     DeviceFault,
     EngineStopped,
+    GuideFailed,
     InvalidRequest,
     Overloaded,
     SequenceLost,
@@ -125,6 +126,7 @@ _ROWS = (  # most specific first
     _Row(EngineStopped, 503, "server_error", "engine_stopped"),
     _Row(DeviceFault, 503, "server_error", "engine_stopped"),
     _Row(SequenceLost, 503, "server_error", "sequence_lost"),
+    _Row(GuideFailed, 422, _BAD, "guide_failed"),
 )
 _INTERNAL = _Row(BaseException, 500, "server_error", "internal_error")
 

@@ -39,6 +39,8 @@ class OutputFeed:
         self._arrived: deque[Arrival] = deque()
         self._error: BaseException | None = None
         self._waiter: asyncio.Future[None] | None = None
+        self._alarm: asyncio.TimerHandle | None = None
+        self._waits_until_s = 0.0
         self._has_room = asyncio.Event()
         self._is_closing = False
         self._unfinished = {
@@ -77,6 +79,8 @@ class OutputFeed:
     async def aclose(self) -> None:
         """Cancel what has not finished and return when nothing of it is left."""
         self._is_closing = True
+        if self._alarm is not None:
+            self._alarm.cancel()
         for stream in self._streams:
             stream.cancel()  # before the first await: a second cancellation cannot prevent it
         for pump in self._unfinished:
@@ -107,12 +111,22 @@ class OutputFeed:
 
     async def _wait(self, silence_s: float) -> None:
         self._waiter = self._loop.create_future()
-        alarm = self._loop.call_later(silence_s, self._wake)
+        self._waits_until_s = self._loop.time() + silence_s
+        if self._alarm is None:  # one that runs already looks again: a timer per token costs more
+            self._alarm = self._loop.call_at(self._waits_until_s, self._ring)
         try:
             await self._waiter
         finally:
-            alarm.cancel()
             self._waiter = None
+
+    def _ring(self) -> None:
+        self._alarm = None
+        if self._waiter is None:
+            return
+        if self._loop.time() < self._waits_until_s:
+            self._alarm = self._loop.call_at(self._waits_until_s, self._ring)
+        else:
+            self._wake()
 
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():

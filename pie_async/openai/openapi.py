@@ -9,6 +9,8 @@ import msgspec
 
 from pie_async.openai.errors import ErrorBody
 from pie_async.openai.requests import ChatRequest, CompletionRequest
+from pie_async.openai.response_items import ResponseObject, StreamEvent
+from pie_async.openai.response_request import ResponsesRequest
 from pie_async.openai.responses import (
     ChatChunk,
     ChatResponse,
@@ -17,8 +19,11 @@ from pie_async.openai.responses import (
     ModelCard,
     ModelList,
     Readiness,
+    Text,
+    Tokens,
     Version,
 )
+from pie_async.openai.token_requests import DetokenizeRequest, TokenizeRequest
 
 
 class Operation(NamedTuple):
@@ -53,6 +58,16 @@ OPERATIONS = (
         body=CompletionRequest,
         event=CompletionResponse,
     ),
+    Operation(
+        "/v1/responses",
+        "post",
+        "Go on with a conversation, in items; nothing is kept",
+        ResponseObject,
+        body=ResponsesRequest,
+        event=StreamEvent,
+    ),
+    Operation("/tokenize", "post", "The tokens of a prompt", Tokens, body=TokenizeRequest),
+    Operation("/detokenize", "post", "The text of tokens", Text, body=DetokenizeRequest),
     Operation("/v1/models", "get", "The models served here", ModelList),
     Operation("/v1/models/{model}", "get", "One of them", ModelCard),
     Operation("/health", "get", "Whether the server is alive", Health, is_open=True),
@@ -131,9 +146,12 @@ def _content(operation: Operation) -> dict[str, Any]:
     if operation.event is not None:
         content["text/event-stream"] = {
             "schema": {
-                "type": "string",
-                "description": f"Events with a {operation.event.__name__} each, then [DONE]; an "
-                "ErrorBody where it fails",
+                "type": "object",
+                "properties": {"event": {"type": "string"}, "data": {"type": "string"}},
+                "required": ["data"],
+                "description": f"Events with a {operation.event.__name__} each, but in "
+                "/v1/responses then [DONE]; an ErrorBody, there an event of type error, where it "
+                "fails",
             }
         }
     return content

@@ -16,6 +16,9 @@ import msgspec
 
 from pie_async.config import KIB
 from pie_async.errors import InvalidRequest
+from pie_async.openai.prompts import MAX_TOKEN_IDS
+from pie_async.openai.structure import MAX_SCHEMA_BYTES
+from pie_async.openai.tools import MAX_TOOLS_BYTES
 from pie_async.sampling_params import (
     MAX_LOGIT_BIASES,
     MAX_STOP_STRING_CHARS,
@@ -28,18 +31,12 @@ _ABSENT = msgspec.Raw()
 _NEUTRAL_FOR_BOTH: dict[str, tuple[Any, ...]] = {
     "allowed_token_ids": ([],),
     "bad_words": ([],),
-    "guided_choice": (),
-    "guided_grammar": (),
-    "guided_json": (),
-    "guided_regex": (),
     "kv_transfer_params": (),
     "length_penalty": (1, 1.0),
     "logits_processors": ([],),
     "prompt_logprobs": (),
-    "response_format": ({"type": "text"},),
     "return_token_ids": (False,),
     "return_tokens_as_token_ids": (False,),
-    "structured_outputs": (),
     "truncate_prompt_tokens": (),
     "use_beam_search": (False,),
 }
@@ -55,15 +52,12 @@ _NEUTRAL_FOR_CHAT: dict[str, tuple[Any, ...]] = {
     "add_special_tokens": (False,),
     "audio": (),
     "chat_template": (),
-    "chat_template_kwargs": ({},),
     "continue_final_message": (False,),
     "documents": ([],),
     "echo": (False,),
     "function_call": ("none",),
     "functions": ([],),
     "modalities": (["text"],),
-    "tool_choice": ("none", "auto"),
-    "tools": ([],),
     "web_search_options": (),
 }
 
@@ -73,6 +67,23 @@ _LONGEST = {
     "stop_token_ids": 64 * MAX_STOP_TOKEN_IDS,
     "logit_bias": 64 * MAX_LOGIT_BIASES,
     "stream_options": 64 * KIB,
+    "chat_template_kwargs": 4 * KIB,
+    "tokens": 16 * MAX_TOKEN_IDS,
+    "metadata": 32 * KIB,
+    "text": 2 * MAX_SCHEMA_BYTES,
+    "tool_choice": 4 * KIB,
+    "tools": MAX_TOOLS_BYTES,
+    **dict.fromkeys(
+        (
+            "response_format",
+            "structured_outputs",
+            "guided_json",
+            "guided_regex",
+            "guided_choice",
+            "guided_grammar",
+        ),
+        2 * MAX_SCHEMA_BYTES,  # a schema that is a text within JSON is longer than the schema
+    ),
 }
 """Bytes of JSON that these fields may have. Less than fits means more items than are allowed, or
 much white space."""
@@ -121,5 +132,18 @@ def _is_neutral(raw: msgspec.Raw, neutral: tuple[Any, ...]) -> bool:
     return value is None or value in neutral
 
 
+_NEUTRAL_FOR_RESPONSES: dict[str, tuple[Any, ...]] = {
+    "background": (False,),
+    "context_management": ([],),
+    "conversation": (),
+    "max_tool_calls": (),
+    "previous_response_id": (),
+    "prompt": (),
+    "top_logprobs": (0,),
+    "truncation": ("disabled",),
+}
+
+OUTLINE_OF_TOKENS = Outline({"add_special_tokens": (True,), "chat_template": ()})
+OUTLINE_OF_RESPONSES = Outline(_NEUTRAL_FOR_RESPONSES)
 OUTLINE_OF_CHAT = Outline(_NEUTRAL_FOR_CHAT)
 OUTLINE_OF_COMPLETIONS = Outline(_NEUTRAL_FOR_COMPLETIONS)

@@ -11,14 +11,29 @@ import msgspec
 from pie_async.errors import InvalidRequest
 from pie_async.openai.backend import Prompt
 from pie_async.openai.json_errors import wrong_type
-from pie_async.openai.outline import OUTLINE_OF_CHAT, OUTLINE_OF_COMPLETIONS, Outline
+from pie_async.openai.outline import (
+    OUTLINE_OF_CHAT,
+    OUTLINE_OF_COMPLETIONS,
+    OUTLINE_OF_RESPONSES,
+    OUTLINE_OF_TOKENS,
+    Outline,
+)
 from pie_async.openai.requests import ChatRequest, CompletionRequest
+from pie_async.openai.response_request import ResponsesRequest
+from pie_async.openai.token_requests import DetokenizeRequest, TokenizeRequest
 
 INLINE_BYTES = 32 * 1024
 """Longer bodies are read in a thread. Each step there holds the interpreter for tens of
 milliseconds at most, whatever 4 MiB hold."""
 
-RequestT = TypeVar("RequestT", ChatRequest, CompletionRequest)
+RequestT = TypeVar(
+    "RequestT",
+    ChatRequest,
+    CompletionRequest,
+    ResponsesRequest,
+    TokenizeRequest,
+    DetokenizeRequest,
+)
 
 
 class RequestReader(Generic[RequestT]):
@@ -57,3 +72,6 @@ class RequestReader(Generic[RequestT]):
 
 CHAT_READER = RequestReader(ChatRequest, OUTLINE_OF_CHAT)
 COMPLETION_READER = RequestReader(CompletionRequest, OUTLINE_OF_COMPLETIONS)
+RESPONSES_READER = RequestReader(ResponsesRequest, OUTLINE_OF_RESPONSES)
+TOKENIZE_READER = RequestReader(TokenizeRequest, OUTLINE_OF_TOKENS)
+DETOKENIZE_READER = RequestReader(DetokenizeRequest, OUTLINE_OF_TOKENS)

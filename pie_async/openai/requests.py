@@ -7,14 +7,17 @@ with a request raises `InvalidRequest` whose `param` names the field as the clie
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated
+from typing import Annotated, Any
 
 import msgspec
 
+from pie_async.chat_options import TEMPLATE_VARIABLES
 from pie_async.errors import InvalidRequest
 from pie_async.openai.conversation import MAX_MESSAGES, Message, read_conversation
 from pie_async.openai.json_errors import respelled
 from pie_async.openai.prompts import PromptField, read_prompts
+from pie_async.openai.structure import StructureFields
+from pie_async.openai.tools import MAX_TOOLS, Tool, Toolbox, ToolChoice, read_toolbox
 from pie_async.sampling_params import (
     MAX_SEQUENCES_PER_REQUEST,
     MAX_STOP_STRINGS,
@@ -45,7 +48,7 @@ class StreamOptions(msgspec.Struct, frozen=True, kw_only=True):
     include_usage: bool | None = None
 
 
-class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
+class GenerationRequest(StructureFields, frozen=True, kw_only=True):
     """What both endpoints take. None everywhere means: not given, or null."""
 
     model: str | None = None
@@ -139,9 +142,23 @@ class ChatRequest(GenerationRequest, frozen=True, kw_only=True):
     max_completion_tokens: Annotated[Int32, _documented(minimum=1)] | None = None
     logprobs: bool | None = None
     top_logprobs: TopLogprobs | None = None
+    tools: Annotated[list[Tool], _documented(maxItems=MAX_TOOLS)] | None = None
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
+    reasoning_effort: str | None = None
+    """"none": the model is told not to think, if it can be."""
+    # vLLM
+    chat_template_kwargs: dict[str, Any] | None = None
 
     def check(self) -> None:
         super().check()
+        for name, value in (self.chat_template_kwargs or {}).items():
+            if type(value) is not TEMPLATE_VARIABLES.get(name):
+                allowed = ", ".join(f"{each} (true or false)" for each in TEMPLATE_VARIABLES)
+                raise InvalidRequest(
+                    f"chat_template_kwargs may hold {allowed} and nothing else",
+                    param="chat_template_kwargs",
+                )
         if self.top_logprobs is None:
             return
         if not self.logprobs:
@@ -169,7 +186,17 @@ class ChatRequest(GenerationRequest, frozen=True, kw_only=True):
                 logprobs=(self.top_logprobs or 0) if self.logprobs else None,
             )
 
-    def prompts(self) -> list[list[Mapping[str, str]]]:
+    def toolbox(self) -> Toolbox:
+        """What may and must be called. Raises: see `read_toolbox`."""
+        return read_toolbox(self.tools, self.tool_choice, self.parallel_tool_calls)
+
+    @property
+    def template_variables(self) -> dict[str, bool]:
+        """What the chat template is told besides."""
+        given = {"enable_thinking": False} if self.reasoning_effort == "none" else {}
+        return {**given, **(self.chat_template_kwargs or {})}
+
+    def prompts(self) -> list[list[Mapping[str, Any]]]:
         """The conversation, as the only prompt. Raises: see `read_conversation`."""
         return [read_conversation(self.messages)]
 

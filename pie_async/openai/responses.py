@@ -6,7 +6,7 @@ from typing import Literal
 
 import msgspec
 
-ChoiceEnd = Literal["stop", "length"]
+ChoiceEnd = Literal["stop", "length", "tool_calls"]
 
 
 class Response(msgspec.Struct, frozen=True, kw_only=True):
@@ -58,12 +58,30 @@ class ChatLogprobs(Response, frozen=True, kw_only=True):
     refusal: None = None
 
 
+class FunctionCall(Response, frozen=True, kw_only=True):
+    """What is called, with the text of a JSON object (or of what the model took for one)."""
+
+    name: str
+    arguments: str
+
+
+class ToolCall(Response, frozen=True, kw_only=True):
+    """A tool that the model wants called."""
+
+    id: str
+    type: Literal["function"] = "function"
+    function: FunctionCall
+
+
 class ChatMessage(Response, frozen=True, kw_only=True):
     """What the model said."""
 
-    content: str
+    content: str | None
     role: Literal["assistant"] = "assistant"
     refusal: None = None
+    reasoning_content: str | msgspec.UnsetType = msgspec.UNSET
+    """What it wrote for itself, as vLLM and DeepSeek spell it."""
+    tool_calls: list[ToolCall] | msgspec.UnsetType = msgspec.UNSET
 
 
 class ChatChoice(Response, frozen=True, kw_only=True):
@@ -84,11 +102,29 @@ class ChatResponse(Response, frozen=True, kw_only=True):
     usage: Usage
 
 
+class FunctionDelta(Response, frozen=True, kw_only=True, omit_defaults=True):
+    """What is new in a call: its name comes once, the arguments piece by piece."""
+
+    name: str | None = None
+    arguments: str | None = None
+
+
+class ToolCallDelta(Response, frozen=True, kw_only=True, omit_defaults=True):
+    """A call that began, or a piece of its arguments."""
+
+    index: int
+    id: str | None = None
+    type: Literal["function"] | None = None
+    function: FunctionDelta
+
+
 class ChatDelta(Response, frozen=True, kw_only=True, omit_defaults=True):
     """What is new in a choice. The role comes in the first chunk and never again."""
 
     role: Literal["assistant"] | None = None
     content: str | None = None
+    reasoning_content: str | None = None
+    tool_calls: list[ToolCallDelta] | None = None
 
 
 class ChatChunkChoice(Response, frozen=True, kw_only=True):
@@ -162,6 +198,23 @@ class ModelList(Response, frozen=True, kw_only=True):
 
     object: Literal["list"] = "list"
     data: list[ModelCard]
+
+
+# --- tokens -------------------------------------------------------------------------------
+
+
+class Tokens(Response, frozen=True, kw_only=True):
+    """Body of POST /tokenize."""
+
+    count: int
+    max_model_len: int
+    tokens: list[int]
+
+
+class Text(Response, frozen=True, kw_only=True):
+    """Body of POST /detokenize."""
+
+    prompt: str
 
 
 # --- server -------------------------------------------------------------------------------

@@ -8,11 +8,12 @@ import itertools
 import random
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import msgspec
 
 from pie_async.assembly import Progress, Tokenizer
+from pie_async.chat_options import ChatOptions
 from pie_async.config import EngineConfig
 from pie_async.core.admission import Admission
 from pie_async.errors import EngineStopped, InvalidRequest, PieError
@@ -31,6 +32,9 @@ from pie_async.resilience.supervision import Supervision
 from pie_async.runtime.faults import FaultPlan
 from pie_async.sampling_params import SamplingParams
 from pie_async.wiring import arm
+
+if TYPE_CHECKING:
+    from pie_async.model.guides import GuideCompiler
 
 
 class ResilientEngine:
@@ -80,6 +84,7 @@ class ResilientEngine:
             config, policy, self._journal, faults, on_news=self._readers.note
         )
         self._tokenizer: Tokenizer | None = None
+        self._compiler: GuideCompiler | None = None
         self._is_draining = False
         self._dice = random.Random(config.seed)
         self._request_numbers = itertools.count(1)
@@ -156,13 +161,19 @@ class ResilientEngine:
         request_id: str | None = None,
         priority: int = 0,
         cache_salt: str | None = None,
+        chat: ChatOptions | None = None,
     ) -> AsyncGenerator[RequestOutput, None]:
         """Outputs as they come. Leaving the loop early, or cancelling it, cancels the request.
 
         Raises: what `submit` raises, and what ends a stream, see there.
         """
         stream = await self.submit(
-            prompt, params, request_id=request_id, priority=priority, cache_salt=cache_salt
+            prompt,
+            params,
+            request_id=request_id,
+            priority=priority,
+            cache_salt=cache_salt,
+            chat=chat,
         )
         async with aclosing(stream):
             async for output in stream:
@@ -176,6 +187,7 @@ class ResilientEngine:
         request_id: str | None = None,
         priority: int = 0,
         cache_salt: str | None = None,
+        chat: ChatOptions | None = None,
     ) -> RequestStream:
         """Accept a request; its outputs come from the stream returned.
 
@@ -187,8 +199,9 @@ class ResilientEngine:
             raise InvalidRequest(f"priority is {priority!r}, not a number", param="priority")
         check_cache_salt(cache_salt)
         self._check_accepting()
-        tokens = tuple(await self.tokenize(prompt))
-        self._check_accepting()  # tokenising took a while
+        tokens = tuple(await self.tokenize(prompt, chat))
+        await self._intake().check_guide(params)
+        self._check_accepting()  # all that took a while
         max_tokens = self._intake().check(tokens, params)
         number = RequestId(next(self._request_numbers))
         name = request_id if request_id is not None else f"request-{number}"
@@ -225,9 +238,9 @@ class ResilientEngine:
         stream.cancel()
         return True
 
-    async def tokenize(self, prompt: Prompt) -> list[int]:
+    async def tokenize(self, prompt: Prompt, chat: ChatOptions | None = None) -> list[int]:
         """The token ids that a prompt becomes; errors as `Engine.tokenize`."""
-        return await self._intake().tokenize(prompt)
+        return await self._intake().tokenize(prompt, chat)
 
     def _open_stream(
         self, name: str, prompt: Prompt, tokens: tuple[int, ...], params: SamplingParams
@@ -328,7 +341,12 @@ class ResilientEngine:
         self._admission.check(now_s=_now_s())
 
     def _intake(self) -> Intake:
-        return Intake(self.tokenizer, self.model)
+        if self._compiler is None:
+            from pie_async.model.guides import GuideCompiler  # loads numpy
+
+            tokenizer, size = self.tokenizer, self.model.vocab_size
+            self._compiler = GuideCompiler(tokenizer, size, tokenizer.eos_ids)
+        return Intake(self.tokenizer, self.model, self._compiler)
 
 
 def _now_s() -> float:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator
 
-from pie_async.errors import PieError, SequenceLost
+from pie_async.errors import PieError
 from pie_async.ids import RequestId, SequenceId
 from pie_async.messages import Advance, ReadingChanged, SequencesAdvanced, Submit
-from pie_async.request_stream import RequestStream
+from pie_async.request_stream import RequestStream, failure_of
 from pie_async.resilience.errors import RequestGivenUp
 from pie_async.resilience.replay import Course
 
@@ -106,10 +106,9 @@ class Journal:
         return stopped
 
     def _take(self, entry: _Entry, advance: Advance, stopped: list[SequenceId]) -> None:
-        if advance.lost_because is not None:
+        if (failure := failure_of(advance)) is not None:
             stopped += entry.courses
-            why = f"{advance.lost_because}; send the request again"
-            self.close(entry.stream, error=SequenceLost(why))
+            self.close(entry.stream, error=failure)
             return
         entry.courses[advance.sequence].take(advance)
         entry.num_deaths = 0

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from pie_async.core import invariants
 from pie_async.core.schedule import Schedule
 from pie_async.device.sim_sampler import EndOfSequence, SimSampler
 from pie_async.engine import Engine
-from pie_async.ids import Lane, SequenceId
-from pie_async.messages import LaneBinding, Row
+from pie_async.ids import Lane, MaskSlot, SequenceId
+from pie_async.messages import LaneBinding, MaskOrder, Row
+from pie_async.model.guides import GuideCompiler, GuideRoom, mask_shape
 from pie_async.sampling_params import SamplingParams
 
 
@@ -56,7 +59,7 @@ def expected_tokens(
     """What an output of the simulated device is to be, however it was scheduled.
 
     Args:
-        params: with a seed and `max_tokens`; the device never ends a sequence by itself.
+        params: with a seed and `max_tokens`; only a guide ends a sequence before these.
         index: of the output among the request's `n`.
     """
     assert params.seed is not None and params.max_tokens is not None
@@ -74,6 +77,31 @@ def expected_tokens(
             prompt_len=num_prompt_tokens,
         )
     )
-    positions = range(num_prompt_tokens - 1, num_prompt_tokens - 1 + params.max_tokens)
-    rows = [Row(sequence, lane, position, (), True) for position in positions]
-    return [sampler.sample([row])[0].token for row in rows]
+    masks = _Masks(engine, sampler, params)
+    tokens: list[int] = []
+    while len(tokens) < params.max_tokens and not masks.have_ended(tokens):
+        row = Row(sequence, lane, num_prompt_tokens - 1 + len(tokens), (), True, masks.slot)
+        tokens.append(sampler.sample([row])[0].token)
+    return tokens
+
+
+class _Masks:
+    """Those of one output, if it is guided."""
+
+    def __init__(self, engine: Engine, sampler: SimSampler, params: SamplingParams) -> None:
+        self.slot: MaskSlot | None = None
+        self._guide = params.structured_outputs
+        if self._guide is not None:
+            size = engine.tokenizer.vocab_size
+            table = np.zeros(mask_shape(1, size), np.int32)
+            sampler.use_masks(table)
+            self._room = GuideRoom(GuideCompiler(engine.tokenizer, size, ()), table)
+            self.slot = MaskSlot(0)
+
+    def have_ended(self, tokens: list[int]) -> bool:
+        """Make the mask of what may follow; whether nothing may."""
+        if self.slot is None:
+            return False
+        order = MaskOrder(SequenceId(1), self.slot, tuple(tokens[-1:]), self._guide)
+        self._guide = None
+        return self._room.make(order).is_ended

@@ -18,6 +18,16 @@ COMPLETIONS = "/v1/completions"
 USER = {"role": "user", "content": "Hi"}
 IMAGE = {"type": "image_url", "image_url": {"url": "http://169.254.169.254/"}}
 
+GUIDE = "structured_outputs"
+CALL = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+
+
+def tool(**fields) -> dict:
+    return {"type": "function", "function": {"name": "f", **fields}}
+
+
+TOOL = tool()
+
 
 def completion(**fields) -> dict:
     return {"prompt": "p", **fields}
@@ -118,11 +128,46 @@ BAD_PARAMETERS = [
     (CHAT, chat(stream_options={"include_usage": True}), "stream_options"),
     (CHAT, chat(stream=True, stream_options={"include_usage": 1}), "stream_options.include_usage"),
     *[
-        (CHAT, chat(response_format=form), "response_format")
-        for form in ("json", {"type": "json_object"}, {"type": "json_schema"}, [])
+        (CHAT, chat(response_format=form), f"response_format{field}")
+        for form, field in (
+            ("json", ""),
+            ([], ""),
+            ({}, ".type"),
+            ({"type": "yaml"}, ".type"),
+            ({"type": "json_schema"}, ".json_schema"),
+            ({"type": "json_schema", "json_schema": {"name": "a"}}, ".json_schema.schema"),
+            ({"type": "json_schema", "json_schema": "a"}, ".json_schema"),
+        )
     ],
-    (CHAT, chat(tools=[{"type": "function"}]), "tools"),
-    (CHAT, chat(tool_choice="required"), "tool_choice"),
+    (COMPLETIONS, completion(structured_outputs={"regex": "a", "choice": ["b"]}), GUIDE),
+    (COMPLETIONS, completion(structured_outputs={"regex": 3}), f"{GUIDE}.regex"),
+    (COMPLETIONS, completion(structured_outputs={"regex": ""}), f"{GUIDE}.regex"),
+    (COMPLETIONS, completion(structured_outputs={"choice": []}), f"{GUIDE}.choice"),
+    (COMPLETIONS, completion(structured_outputs={"choice": ["a", ""]}), f"{GUIDE}.choice"),
+    (COMPLETIONS, completion(structured_outputs={"choice": "ab"}), f"{GUIDE}.choice"),
+    (COMPLETIONS, completion(guided_regex=""), "guided_regex"),
+    (COMPLETIONS, completion(guided_regex="a", guided_choice=["b"]), "guided_choice"),
+    (CHAT, chat(guided_regex="a", response_format={"type": "json_object"}), "guided_regex"),
+    (CHAT, chat(guided_json="x" * 600_000), "guided_json"),
+    (CHAT, chat(tools=[TOOL], response_format={"type": "json_object"}), "tools"),
+    (CHAT, chat(tools={}), "tools"),
+    (CHAT, chat(tools=[TOOL] * 129), "tools"),
+    (CHAT, chat(tools=[TOOL] * 2), "tools"),
+    (CHAT, chat(tools=[[]] * 100_000), "tools"),
+    (CHAT, chat(tools=[{"type": "function"}]), "tools[0].function"),
+    (CHAT, chat(tools=[{"type": "web_search"}]), "tools[0].type"),
+    (CHAT, chat(tools=[tool(name="")]), "tools[0].function.name"),
+    (CHAT, chat(tools=[tool(name="a b")]), "tools[0].function.name"),
+    (CHAT, chat(tools=[TOOL, tool(parameters=[])]), "tools[1].function.parameters"),
+    (CHAT, chat(tool_choice="required"), "tools"),
+    (CHAT, chat(tool_choice="sometimes", tools=[TOOL]), "tool_choice"),
+    (CHAT, chat(tool_choice=3, tools=[TOOL]), "tool_choice"),
+    (
+        CHAT,
+        chat(tool_choice={"type": "function", "function": {"name": "g"}}, tools=[TOOL]),
+        "tool_choice.function.name",
+    ),
+    (CHAT, chat(chat_template_kwargs={"enable_thinking": 1}), "chat_template_kwargs"),
     (CHAT, chat(functions=[{"name": "f"}]), "functions"),
     (CHAT, chat(modalities=["text", "audio"]), "modalities"),
     (CHAT, chat(chat_template="{{ 1 }}"), "chat_template"),
@@ -134,7 +179,8 @@ BAD_PARAMETERS = [
     (CHAT, chat("Hi"), "messages[0]"),
     (CHAT, chat({"content": "Hi"}), "messages[0].role"),
     (CHAT, chat(USER, {"role": "root", "content": "Hi"}), "messages[1].role"),
-    (CHAT, chat(USER, {"role": "tool", "content": "4"}), "messages[1].role"),
+    (CHAT, chat(USER, {"role": "tool", "content": "4"}), "messages[1].tool_call_id"),
+    (CHAT, chat({**USER, "tool_calls": [CALL]}), "messages[0].tool_calls"),
     (CHAT, chat({"role": "user"}), "messages[0].content"),
     (CHAT, chat({"role": "user", "content": 3}), "messages[0].content"),
     (CHAT, chat({"role": "user", "content": [IMAGE]}), "messages[0].content[0].type"),
@@ -142,8 +188,20 @@ BAD_PARAMETERS = [
     (
         CHAT,
         chat(USER, {"role": "assistant", "content": "", "tool_calls": [{"id": "a"}]}),
-        "messages[1].tool_calls",
+        "messages[1].tool_calls[0].function",
     ),
+    *[
+        (
+            CHAT,
+            chat({"role": "assistant", "tool_calls": [{**CALL, "function": function}]}),
+            "messages[0].tool_calls[0].function.arguments",
+        )
+        for function in (
+            {"name": "f", "arguments": "{"},
+            {"name": "f", "arguments": "[1]"},
+            {"name": "f", "arguments": "{" * 100_000},
+        )
+    ],
 ]
 
 BAD_BODIES = [

@@ -51,6 +51,8 @@ FATEFUL = {
 }  # fmt: skip
 """Fields that make nearly every generated request one to refuse, or to stream."""
 POSTED = [each for each in OPERATIONS if each.body is not None]
+PUBLISHED = [each for each in POSTED if each.path.endswith("completions")]
+"""Those whose answers the published subset of OpenAI's document describes."""
 
 
 def test_the_document_describes_every_route_and_no_other() -> None:
@@ -152,7 +154,7 @@ def test_nothing_that_is_asked_breaks_the_server_or_its_promises(url, operation,
     assert alive.status_code == 200
 
 
-@pytest.mark.parametrize("operation", POSTED, ids=lambda each: each.path)
+@pytest.mark.parametrize("operation", PUBLISHED, ids=lambda each: each.path)
 def test_answers_to_generated_requests_fit_openais_schemas(url, operation) -> None:
     if not SPEC.is_file():
         pytest.skip(f"needs {SPEC.name} in ../shared/data")

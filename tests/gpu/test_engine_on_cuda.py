@@ -19,6 +19,7 @@ from pie_async import LLM, Engine, SamplingParams
 from pie_async.cuda import errors
 from pie_async.errors import ConfigError
 from pie_async.runtime.faults import CopyCorrupted, FaultPlan
+from pie_async.structured import StructuredOutputs
 
 MORE: dict[str, str] = {}
 """What the driver of a test asks for."""
@@ -154,6 +155,17 @@ def test_drawn_tokens_and_logprobs_are_reported_as_on_the_cpu(driver) -> None:
         assert mine.outputs[0].logprobs and mine.prompt_logprobs
         same_logprobs(mine.outputs[0].logprobs, theirs.outputs[0].logprobs)
         same_logprobs(mine.prompt_logprobs[1:], theirs.prompt_logprobs[1:])
+
+
+@pytest.mark.parametrize(
+    "more", [{"temperature": 0.0}, {"temperature": 0.8, "top_p": 0.9, "seed": 4, "logprobs": 1}]
+)
+def test_guided_tokens_are_those_of_the_cpu(driver, more: dict) -> None:
+    guide = StructuredOutputs(regex="([A-Z][a-z]{3,8} ){4,12}[.]")
+    params = SamplingParams(structured_outputs=guide, max_tokens=20, **more)
+    expected, _ = generate("cpu", params, PROMPTS[:3], cpu_threads=1)
+    found, _ = generate("cuda", params, PROMPTS[:3])
+    assert tokens(found) == tokens(expected)
 
 
 @pytest.mark.realtime

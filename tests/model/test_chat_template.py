@@ -13,6 +13,7 @@ import pytest
 from small_tokenizers import byte_level, save
 from transformers import PreTrainedTokenizerFast
 
+from pie_async.chat_options import ChatOptions
 from pie_async.errors import InvalidRequest, ModelError
 from pie_async.model.chat_template import ChatTemplate
 from pie_async.model.confined_template import ConfinedTemplate
@@ -206,6 +207,71 @@ def test_rendering_equals_that_of_transformers(
     )
     mine = ChatTemplate(TEMPLATES[template], TOKENS, path=Path("test"))
     assert mine.render(CHATS[chat], add_generation_prompt=add_generation_prompt) == expected
+
+
+CALLING = """{%- if tools %}{{- '<tools>' }}
+    {%- for tool in tools %}{{- tool | tojson }}{%- endfor %}
+{%- endif %}{%- for message in messages %}
+    {%- if message.role == 'tool' %}{{- '<response>' + message.content + '</response>' }}
+    {%- elif message.tool_calls %}
+        {%- for call in message.tool_calls %}
+            {{- '<call>' + call.function.name + (call.function.arguments | tojson) + '</call>' }}
+        {%- endfor %}
+    {%- else %}{{- message.role + ': ' + message.content }}{%- endif %}
+{%- endfor %}
+{%- if enable_thinking is defined and enable_thinking is false %}{{- '<think></think>' }}
+{%- endif %}"""
+"""What templates of Qwen and Llama read, in short."""
+TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": "weather",
+            "description": "Tells <it> & more",
+            "parameters": {"type": "object", "properties": {"city": {"enum": ["Oslo", "Köln"]}}},
+        },
+    }
+]
+CALLED = [
+    message("user", "Weather?"),
+    {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": [
+            {"id": "c", "type": "function",
+             "function": {"name": "weather", "arguments": {"city": "Köln", "n": [1, None]}}}
+        ],
+    },
+    {"role": "tool", "content": "rain", "tool_call_id": "c"},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("variables", [{}, {"enable_thinking": False}])
+def test_tools_and_calls_are_rendered_as_by_transformers(
+    variables: dict[str, bool], peer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    expected = peer.apply_chat_template(
+        CALLED, chat_template=CALLING, tools=TOOLS, tokenize=False, **variables
+    )
+    save(byte_level(), tmp_path, tokenizer_config=TOKENS | {"chat_template": CALLING})
+    tokenizer = Tokenizer.from_directory(tmp_path)
+    options = ChatOptions(tools=tuple(TOOLS), variables=variables)
+    assert tokenizer.render_chat(CALLED, options=options) == expected
+    assert "<tools>" not in tokenizer.render_chat(CALLED)
+
+
+def test_what_spells_a_control_token_in_a_tool_or_a_call_stays_text(tmp_path: Path) -> None:
+    save(byte_level(), tmp_path, tokenizer_config=TOKENS | {"chat_template": CALLING})
+    tokenizer = Tokenizer.from_directory(tmp_path)
+    control = byte_level().token_to_id("<s>")
+    function = {"name": "weather", "description": "<s> in a tool"}
+    options = ChatOptions(tools=({"type": "function", "function": function},))
+    call = {"function": {"name": "weather", "arguments": {"city": "<s> in a call"}}}
+    chat = [message("user", "a"), {"role": "assistant", "content": "", "tool_calls": [call]}]
+    tokens = tokenizer.encode_chat(chat, options=options)
+    assert control not in tokens
+    assert tokenizer.decode(tokens).count("<s> in a") == 2
+    assert control in tokenizer.encode("<s>", add_special_tokens=False)
 
 
 @pytest.mark.parametrize("chat", CHATS)

@@ -28,7 +28,7 @@ from pie_async.testing import (
     MailDelayed,
     StickyError,
 )
-from tests.support.soak import BLOCK_TOKENS, SPARE_BLOCKS, Scenario
+from tests.support.soak import BLOCK_TOKENS, GUIDE, SPARE_BLOCKS, Scenario
 
 Manner = Literal["reads", "is slow", "cancels", "cancels by name", "vanishes", "never reads"]
 MANNERS: tuple[Manner, ...] = (
@@ -196,6 +196,7 @@ def _client(
             max_tokens=max_tokens,
             n=dice.choice([1, 1, 1, 2, 4]),
             seed=number,
+            structured_outputs=GUIDE if number % 6 == 5 else None,
             stop=dice.choice([(), (), ("e",), ("th", "qu")]),
             output_kind="delta",
         ),

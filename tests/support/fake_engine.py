@@ -10,6 +10,7 @@ import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from pie_async.chat_options import ChatOptions
 from pie_async.errors import ContextTooLong, EngineStopped, InvalidRequest, PieError
 from pie_async.intake import check_cache_salt
 from pie_async.metrics import EngineStats
@@ -25,6 +26,8 @@ class FakeModel:
     name: str = "fake-model"
     max_model_len: int = 256
     vocab_size: int = VOCAB_SIZE
+    writes_tools_as: str = "hermes"
+    thinks: bool = False
 
 
 class CharTokenizer:
@@ -51,6 +54,7 @@ class Submission:
     request_id: str
     priority: int
     cache_salt: str | None = None
+    chat: ChatOptions | None = None
 
 
 @dataclass
@@ -88,6 +92,9 @@ class FakeEngine:
     def stats(self) -> EngineStats:
         return self.snapshot
 
+    async def tokenize(self, prompt: str | Sequence[Mapping[str, str]]) -> list[int]:
+        return list(self._tokens(prompt))
+
     async def submit(
         self,
         prompt: str | Sequence[int] | Sequence[Mapping[str, str]],
@@ -96,6 +103,7 @@ class FakeEngine:
         request_id: str | None = None,
         priority: int = 0,
         cache_salt: str | None = None,
+        chat: ChatOptions | None = None,
     ) -> FakeStream:
         params = params or SamplingParams()
         check_cache_salt(cache_salt)
@@ -106,7 +114,7 @@ class FakeEngine:
         params.check_vocabulary(VOCAB_SIZE)
         request_id = request_id or f"request-{len(self.submissions)}"
         assert request_id not in self.open_ids, "request ids must be distinct"
-        self.submissions.append(Submission(prompt, params, request_id, priority, cache_salt))
+        self.submissions.append(Submission(prompt, params, request_id, priority, cache_salt, chat))
         self.open_ids.add(request_id)
         return FakeStream(self, request_id, tokens, params)
 

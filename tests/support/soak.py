@@ -12,8 +12,11 @@ from pie_async.engine import Engine
 from pie_async.errors import PieError
 from pie_async.metrics import EngineStats
 from pie_async.sampling_params import SamplingParams
+from pie_async.structured import StructuredOutputs
 from pie_async.testing import check_returned, run_in_virtual_time
 
+GUIDE = StructuredOutputs(regex="([a-f][0-9])*")
+"""Of some requests, whose every token then waits for a mask."""
 BLOCK_TOKENS = 16
 BLOCK_BYTES = 32 * KIB
 """Of the simulated model "tiny"."""
@@ -86,6 +89,7 @@ def _load(dice: random.Random, longest: int, families: list[tuple[int, ...]], nu
             max_tokens=max_tokens,
             n=dice.choice([1, 1, 1, 2, 4]),
             seed=number,
+            structured_outputs=GUIDE if number % 6 == 5 else None,
             output_kind="delta",
         ),
         priority=dice.choice([0, 0, 1]),

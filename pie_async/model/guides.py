@@ -1,0 +1,265 @@
+"""What outputs must look like, compiled, and the masks of what may follow: through llguidance.
+
+A guide is a schema, pattern or grammar compiled for one vocabulary. Nothing here is for the event
+loop: compiling takes milliseconds, up to a second, and a mask mostly 20 to 100 us. llguidance lets
+go of the interpreter meanwhile and has limits of its own on what either may take.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import json
+import os
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pie_async.core.guidance import MASKS_PER_LANE
+from pie_async.errors import InvalidRequest
+from pie_async.ids import SequenceId
+from pie_async.messages import MaskMade, MaskOrder
+from pie_async.structured import StructuredOutputs
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher, LLTokenizer
+
+MOST_KEPT = 128
+"""Compiled guides that are kept for the next request that sends the same."""
+MOST_KEPT_CHARS = 4 * 2**20
+_WHITE_SPACE = r"\r?\n[ \t]{0,20}| ?"
+"""Between JSON's tokens. Without a bound some models never stop: white space is always right."""
+_WORD_BITS = 32
+_DEAD_END = "NoExtension"
+
+MaskTable = NDArray[np.int32]
+"""[slots, words]: bit b of word w says whether token 32 w + b may be sampled."""
+
+
+def mask_shape(lanes: int, vocab_size: int) -> tuple[int, int]:
+    """Slots and words of the `MaskTable` of that many lanes."""
+    return MASKS_PER_LANE * lanes, -(-vocab_size // _WORD_BITS)
+
+
+class Spelling(Protocol):
+    """The part of a tokenizer that guides need."""
+
+    def guide_tokens(self, vocab_size: int, end_ids: Sequence[int]) -> LLTokenizer:
+        """llguidance's view of it, for logits of this width; slow.
+
+        Args:
+            end_ids: tokens that end an output; if there are none, any one that is never output.
+        """
+        ...
+
+
+class GuideCompiler:
+    """Compiles guides for one vocabulary. Safe to use from several threads.
+
+    Args:
+        tokenizer: what tokens spell.
+        vocab_size: width of the logits.
+        end_ids: tokens that end an output.
+        is_inline: compile on the event loop: in simulated time, where the order of what threads
+            do would be another one each time.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Spelling,
+        vocab_size: int,
+        end_ids: Iterable[int],
+        *,
+        is_inline: bool = False,
+    ) -> None:
+        self.is_inline = is_inline
+        self._spelling = tokenizer
+        self._vocab_size = vocab_size
+        self._end_ids = tuple(sorted(end_ids))
+        self._tokenizer: LLTokenizer | None = None
+        self._lock = threading.Lock()
+        self._kept: OrderedDict[str, LLMatcher] = OrderedDict()
+        self._kept_chars = 0
+
+    @functools.cached_property
+    def never_ids(self) -> tuple[int, ...]:
+        """Tokens that masks allow though none may be sampled: nothing ends an output here."""
+        return () if self._end_ids else tuple(self._tokens().eos_tokens)
+
+    @functools.cached_property
+    def words(self) -> int:
+        """Of a mask; tokens beyond them are in no vocabulary, and never allowed."""
+        return -(-self._tokens().vocab_size // _WORD_BITS)
+
+    def _tokens(self) -> LLTokenizer:
+        with self._lock:
+            if self._tokenizer is None:
+                self._tokenizer = self._spelling.guide_tokens(self._vocab_size, self._end_ids)
+            return self._tokenizer
+
+    def compile(self, guide: StructuredOutputs) -> LLMatcher:
+        """A matcher at the start of an output.
+
+        Raises:
+            InvalidRequest: the guide is not valid, too complex, or nothing fits it; `param`
+                names the field.
+        """
+        param = f"structured_outputs.{guide.kind}"
+        try:
+            source = _source(guide)
+        except ValueError as error:
+            raise InvalidRequest(f"{param} cannot be used: {error}", param=param) from None
+        with self._lock:
+            if source in self._kept:
+                self._kept.move_to_end(source)
+                return self._kept[source].deep_copy()
+        matcher = self._compiled(source, param)
+        with self._lock:
+            if source not in self._kept:
+                self._keep(source, matcher)
+        return matcher.deep_copy()
+
+    def _compiled(self, source: str, param: str) -> LLMatcher:
+        from llguidance import LLMatcher, LLParserLimits
+
+        limits = LLParserLimits(verbose_errors=False)  # or errors quote schemas and prompts
+        matcher = LLMatcher(self._tokens(), source, log_level=0, limits=limits)
+        if not matcher.is_error():
+            # The first mask shows what else is wrong, and makes that of each sequence quick.
+            matcher.compute_bitmask()
+        if matcher.is_error():
+            why = _brief(matcher.get_error().strip().splitlines())
+            if why.startswith(_DEAD_END):
+                why = "no output fits it"
+            raise InvalidRequest(f"{param} cannot be used: {why}", param=param)
+        return matcher
+
+    def _keep(self, source: str, matcher: LLMatcher) -> None:
+        self._kept[source] = matcher
+        self._kept_chars += len(source)
+        while len(self._kept) > MOST_KEPT or self._kept_chars > MOST_KEPT_CHARS:
+            self._kept_chars -= len(self._kept.popitem(last=False)[0])
+
+
+def _brief(lines: Sequence[str], most: int = 300) -> str:
+    text = " ".join(line.strip() for line in lines[:6]) or "it is not valid"
+    return text if len(text) <= most else text[:most] + "..."
+
+
+def _json_source(schema: str) -> str:
+    from llguidance import LLMatcher
+
+    return LLMatcher.grammar_from_json_schema(schema, defaults={"whitespace_pattern": _WHITE_SPACE})
+
+
+def _source(guide: StructuredOutputs) -> str:
+    """As llguidance takes it. Raises ValueError."""
+    from llguidance import LLMatcher, grammar_from
+
+    match guide.kind:
+        case "json":
+            assert isinstance(guide.json, str)
+            return _json_source(guide.json)
+        case "json_object":
+            return _json_source('{"type": "object"}')
+        case "regex":
+            return LLMatcher.grammar_from_regex(guide.regex or "")
+        case "choice":
+            texts = " | ".join(json.dumps(each, ensure_ascii=False) for each in guide.choice or ())
+            return LLMatcher.grammar_from_lark(f"start: {texts}")
+        case "grammar":
+            return grammar_from("grammar", guide.grammar or "")
+
+
+class GuideRoom:
+    """The guides of one engine's sequences, which write their masks into a table.
+
+    Args:
+        table: see `MaskTable`; the device reads it.
+    """
+
+    def __init__(self, compiler: GuideCompiler, table: MaskTable) -> None:
+        self._compiler = compiler
+        self._table = table
+        self._matchers: dict[SequenceId, LLMatcher] = {}
+
+    def make(self, order: MaskOrder, clock: Callable[[], float] = time.perf_counter) -> MaskMade:
+        """Carry out an order, in any thread; never raises."""
+        began_s = clock()
+        is_ended, refusal = False, None
+        try:
+            is_ended = self._make(order)
+        except InvalidRequest as error:
+            refusal = str(error)
+        return MaskMade(order.sequence, order.slot, clock() - began_s, is_ended, refusal)
+
+    def _make(self, order: MaskOrder) -> bool:
+        """Whether the output is complete; if it is not, the mask lies in its slot."""
+        if order.guide is not None:
+            self._matchers[order.sequence] = self._compiler.compile(order.guide)
+        matcher = self._matchers[order.sequence]
+        if order.tokens and not matcher.consume_tokens(list(order.tokens)):
+            raise InvalidRequest(_brief(matcher.get_error().splitlines()))
+        if not matcher.is_stopped():
+            row = self._table[order.slot, : self._compiler.words]
+            matcher.unsafe_compute_mask_ptr(row.ctypes.data, row.nbytes)
+            for token in self._compiler.never_ids:
+                row.view(np.uint8)[token // 8] &= 0xFF ^ (1 << token % 8)
+        if matcher.is_error():
+            raise InvalidRequest(_brief(matcher.get_error().splitlines()))
+        return matcher.is_stopped()
+
+    def forget(self, sequences: Sequence[SequenceId]) -> None:
+        """See `Guides`."""
+        for sequence in sequences:
+            self._matchers.pop(sequence, None)
+
+
+class ThreadedGuides:
+    """`Guides` whose masks are made in threads of their own."""
+
+    def __init__(self, room: GuideRoom, *, threads: int | None = None) -> None:
+        self._room = room
+        self.forget = room.forget
+        self._threads = ThreadPoolExecutor(
+            threads or min(8, os.cpu_count() or 2), thread_name_prefix="pie-guides"
+        )
+
+    async def make(self, orders: Sequence[MaskOrder]) -> tuple[MaskMade, ...]:
+        """See `Guides`."""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._threads, self._make_all, orders)
+
+    def _make_all(self, orders: Sequence[MaskOrder]) -> tuple[MaskMade, ...]:
+        return tuple(map(self._room.make, orders))
+
+    def close(self) -> None:
+        """See `Guides`."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+
+class TimedGuides:
+    """`Guides` of simulated time: each mask is made at once, and said to have taken `mask_s`.
+
+    Masks are the real ones, times are not: the same seed gives the same story.
+    """
+
+    def __init__(self, room: GuideRoom, *, mask_s: float = 50e-6) -> None:
+        self._room = room
+        self._mask_s = mask_s
+        self.forget = room.forget
+
+    async def make(self, orders: Sequence[MaskOrder]) -> tuple[MaskMade, ...]:
+        """See `Guides`."""
+        masks = tuple(self._room.make(order, clock=lambda: 0.0) for order in orders)
+        await asyncio.sleep(self._mask_s * len(orders))
+        return masks
+
+    def close(self) -> None:
+        """See `Guides`."""

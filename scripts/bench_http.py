@@ -1,0 +1,396 @@
+"""What the HTTP side costs and how late it is. Prints a line of JSON for each measurement.
+
+    python scripts/bench_http.py import            # `import pie_async` in a fresh interpreter
+    python scripts/bench_http.py start             # `pie-async serve` to the first token
+    python scripts/bench_http.py cost              # CPU time of one streamed token
+    python scripts/bench_http.py streams --streams 1000 --seconds 60
+
+`streams` serves a simulated device whose iterations take 50 ms, whatever is in them: every stream
+is due a token 20 times a second. How late an event is counts from its stream's first: the k-th is
+due k * 50 ms later. The clients are a process of their own that reads sockets and nothing more.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import gc
+import json
+import os
+import re
+import resource
+import socket
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+ITERATION_S = 0.05
+PATH = "/v1/chat/completions"
+CONTENT = re.compile(rb'"delta":{"content":"((?:[^"\\]|\\.)*)"')
+ESCAPED = re.compile(rb"\\.")
+
+
+def child_environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(ROOT)}
+
+
+def report(what: str, **figures: Any) -> None:
+    rounded = {
+        name: round(value, 4) if isinstance(value, float) else value
+        for name, value in figures.items()
+    }
+    print(json.dumps({"what": what, **rounded}), flush=True)
+
+
+# --- import and start --------------------------------------------------------------------------
+
+
+def measure_import(rounds: int) -> None:
+    """The import itself, as the interpreter sees it; without its own start."""
+    code = "import time; t = time.perf_counter(); import pie_async; print(time.perf_counter() - t)"
+    more = "from pie_async import Engine, SamplingParams"
+    for what, tried in (("import pie_async", code), (more, code.replace("import pie_async", more))):
+        taken = [
+            float(subprocess.check_output([sys.executable, "-c", tried], env=child_environment()))
+            for _ in range(rounds)
+        ]
+        report(what, median_s=statistics.median(taken), slowest_s=max(taken))
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def measure_start(rounds: int, flags: list[str]) -> None:
+    """From the command to the first token that a client has, trying to connect all the while."""
+    taken = []
+    for _ in range(rounds):
+        port, began_s = free_port(), time.perf_counter()
+        command = [sys.executable, "-m", "pie_async", "serve", "--port", str(port), *flags]
+        with subprocess.Popen(
+            command, env=child_environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        ) as server:
+            try:
+                first_token(port, server)
+                taken.append(time.perf_counter() - began_s)
+            finally:
+                server.terminate()
+    report("serve to first token", median_s=statistics.median(taken), slowest_s=max(taken))
+
+
+def first_token(port: int, server: subprocess.Popen[bytes]) -> None:
+    while True:
+        if server.poll() is not None:
+            raise SystemExit(f"the server ended with status {server.returncode}")
+        try:
+            connection = socket.create_connection(("127.0.0.1", port))
+        except ConnectionRefusedError:
+            time.sleep(0.005)
+            continue
+        with connection, connection.makefile("rb") as lines:
+            connection.sendall(request_bytes(port, max_tokens=4))
+            if b" 200 " not in lines.readline():
+                time.sleep(0.005)
+                continue  # it listens before the engine is there
+            for line in lines:
+                if b'"content":"' in line and b'"role"' not in line:
+                    return
+
+
+def request_bytes(port: int, *, max_tokens: int) -> bytes:
+    body = json.dumps(
+        {
+            "messages": [{"role": "user", "content": "Who goes there?"}],
+            "max_tokens": max_tokens,
+            "stream": True,
+        }
+    ).encode()
+    head = (
+        f"POST {PATH} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nContent-Type: application/json\r\n"
+        f"Content-Length: {len(body)}\r\nConnection: close\r\n\r\n"
+    )
+    return head.encode() + body
+
+
+# --- the cost of a token -----------------------------------------------------------------------
+
+
+def scripted_engine(tokens: int) -> Any:
+    """Streams of `tokens` tokens, one at a time, as fast as they are taken: next to no work."""
+    from pie_async.outputs import CompletionOutput, RequestOutput
+
+    outputs = [
+        RequestOutput(
+            request_id="r",
+            prompt=None,
+            prompt_token_ids=(1, 2, 3),
+            outputs=(
+                CompletionOutput(
+                    index=0, text=" word", token_ids=(7,),
+                    finish_reason="length" if number == tokens - 1 else None,
+                ),
+            ),
+            finished=number == tokens - 1,
+        )
+        for number in range(tokens)
+    ]  # fmt: skip
+
+    class Stream:
+        request_id = "r"
+        prompt_token_ids = (1, 2, 3)
+
+        def __init__(self) -> None:
+            self._outputs = iter(outputs)
+
+        def __aiter__(self) -> Stream:
+            return self
+
+        async def __anext__(self) -> RequestOutput:
+            await asyncio.sleep(0)
+            try:
+                return next(self._outputs)
+            except StopIteration:
+                raise StopAsyncIteration from None
+
+        def cancel(self) -> None: ...
+
+    class Model:
+        name, max_model_len, writes_tools_as, thinks = "m", 100_000, "hermes", False
+
+    class Scripted:
+        is_running = is_accepting = True
+        model = Model()
+
+        async def submit(self, *_: Any, **__: Any) -> Stream:
+            return Stream()
+
+        def stats(self) -> Any:
+            from pie_async.metrics import EngineStats
+
+            return EngineStats()
+
+    return Scripted()
+
+
+async def measure_cost(streams: int, tokens: int, rounds: int) -> None:
+    """CPU time of the serving process, its kernel work included, for each token."""
+    from aiohttp import web
+
+    from pie_async.api import create_app
+
+    engine = scripted_engine(tokens)
+    runner = web.AppRunner(create_app(engine), access_log=None)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    port = runner.addresses[0][1]
+    gc.collect()
+    gc.freeze()
+    costs, bare = [], []
+    for _ in range(rounds):
+        before_s = time.process_time()
+        readers = [await engine.submit() for _ in range(streams)]
+        await asyncio.gather(*map(drained, readers))
+        bare.append((time.process_time() - before_s) / (streams * tokens))
+        before_s = time.process_time()
+        reader = await asyncio.create_subprocess_exec(
+            sys.executable, __file__, "read", str(port), str(streams), env=child_environment()
+        )
+        if await reader.wait():
+            raise SystemExit("the clients failed")
+        costs.append((time.process_time() - before_s) / (streams * tokens))
+    await runner.cleanup()
+    report(
+        "CPU time of a streamed token, HTTP and JSON, us",
+        median=statistics.median(costs) * 1e6,
+        least=min(costs) * 1e6,
+        most=max(costs) * 1e6,
+        scripted_engine_alone=statistics.median(bare) * 1e6,
+        streams=streams,
+        tokens_each=tokens,
+    )
+
+
+async def drained(stream: Any) -> None:
+    async for _ in stream:
+        pass
+
+
+# --- many streams --------------------------------------------------------------------------------
+
+
+def pace() -> None:
+    """From now on every simulated iteration of this process takes `ITERATION_S`."""
+    from pie_async.device.cost_model import CostModel
+
+    CostModel.layer_s = lambda self, work, staged_bytes=0: ITERATION_S / self.shape.num_layers  # type: ignore[method-assign]
+    CostModel.head_s = lambda self, work: 0.0  # type: ignore[method-assign]
+
+
+PACED_WORKER = (
+    "-P",
+    "-c",
+    "import sys; _, fd, root = sys.argv; sys.path.insert(0, root)\n"
+    "from scripts.bench_http import pace; pace()\n"
+    "from pie_async.resilience.worker import main; sys.exit(main(int(fd)))",
+)
+
+
+async def serve_paced(streams: int, in_process: bool) -> None:
+    """A server as `pie-async serve` makes it, of a simulated engine at the pace of `pace`."""
+    from pie_async.api import serve
+    from pie_async.config import GIB, EngineConfig
+    from pie_async.engine import Engine
+    from pie_async.resilience import process
+    from pie_async.resilience.engine import ResilientEngine
+
+    config = EngineConfig(
+        device="sim",
+        model="llama-3.1-8b",
+        device_kv_bytes=800 * GIB,
+        host_pool_bytes=0,
+        max_running_sequences=streams,
+        token_budget=64 * streams,
+        max_queued_requests=2 * streams,
+    )
+    pace()
+    process.WORKER = PACED_WORKER
+    async with Engine(config) if in_process else ResilientEngine(config) as engine:
+        gc.collect()
+        gc.freeze()
+        await serve(engine, port=0, on_ready=lambda url: print(url, flush=True))
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    print(json.dumps({"cpu_s": usage.ru_utime + usage.ru_stime}), flush=True)
+
+
+def measure_streams(streams: int, seconds: float, in_process: bool) -> None:
+    """Start the server and the clients, each in a process of its own."""
+    command = [sys.executable, __file__, "serve", str(streams), str(int(in_process))]
+    with subprocess.Popen(
+        command, env=child_environment(), stdout=subprocess.PIPE, text=True
+    ) as server:
+        assert server.stdout is not None
+        port = int(server.stdout.readline().rsplit(":", 1)[1])
+        tokens = round(seconds / ITERATION_S)
+        clients = [sys.executable, __file__, "watch", str(port), str(streams), str(tokens)]
+        told = json.loads(subprocess.check_output(clients, env=child_environment(), text=True))
+        server.terminate()
+        front = json.loads(server.stdout.read())
+    report(
+        "streams",
+        streams=streams,
+        tokens_each=tokens,
+        front_cpu_us_per_token=front["cpu_s"] * 1e6 / (streams * tokens),
+        **told,
+    )
+
+
+class Watcher(asyncio.Protocol):
+    """A client: notes when each token of its stream came."""
+
+    def __init__(self, request: bytes, ended: asyncio.Future[None]) -> None:
+        self._request = request
+        self._ended = ended
+        self.came_s: list[float] = []
+        self.is_whole = False
+
+    def connection_made(self, transport: Any) -> None:
+        transport.write(self._request)
+
+    def data_received(self, data: bytes) -> None:
+        now_s = time.monotonic()
+        # A token of the simulated device is a character; several may come in one event.
+        for text in CONTENT.findall(data):
+            self.came_s += [now_s] * len(ESCAPED.sub(b".", text))
+        self.is_whole |= b"[DONE]" in data
+
+    def connection_lost(self, error: Exception | None) -> None:
+        if not self._ended.done():
+            self._ended.set_result(None)
+
+
+async def run_clients(port: int, streams: int, max_tokens: int) -> list[Watcher]:
+    """All of them at once, to their ends."""
+    loop = asyncio.get_running_loop()
+    request = request_bytes(port, max_tokens=max_tokens)
+    watchers, ends = [], []
+    for _ in range(streams):
+        ended = loop.create_future()
+        _, watcher = await loop.create_connection(
+            lambda ended=ended: Watcher(request, ended),  # type: ignore[misc]
+            "127.0.0.1",
+            port,
+        )
+        watchers.append(watcher)
+        ends.append(ended)
+    await asyncio.gather(*ends)
+    if missing := sum(not each.is_whole for each in watchers):
+        raise SystemExit(f"{missing} streams were not whole")
+    return watchers
+
+
+def lateness(came_s: list[float]) -> Iterator[float]:
+    """Of each token after the first, seconds; early ones are not late."""
+    for number, at_s in enumerate(came_s):
+        yield max(0.0, at_s - came_s[0] - number * ITERATION_S)
+
+
+async def watch(port: int, streams: int, tokens: int) -> None:
+    """Say, of each stream, how late 99 in 100 of its tokens were at most; then of all of them."""
+    gc.disable()
+    watchers = await run_clients(port, streams, tokens)
+    late = [sorted(lateness(each.came_s)) for each in watchers]
+    p99s = sorted(each[len(each) * 99 // 100] for each in late)
+    every = sorted(at_s for each in late for at_s in each)
+    print(
+        json.dumps(
+            {
+                "tokens_seen": len(every),
+                "late_ms_p50": round(every[len(every) // 2] * 1e3, 1),
+                "late_ms_p99": round(every[len(every) * 99 // 100] * 1e3, 1),
+                "late_ms_worst": round(every[-1] * 1e3, 1),
+                "worst_streams_p99_ms": round(p99s[-1] * 1e3, 1),
+            }
+        )
+    )
+
+
+def main() -> None:
+    """See the module."""
+    helpers = {
+        "serve": lambda streams, inside: serve_paced(int(streams), bool(int(inside))),
+        "watch": lambda *numbers: watch(*map(int, numbers)),
+        "read": lambda port, streams: run_clients(int(port), int(streams), 100_000 - 3),
+    }
+    import uvloop
+
+    if len(sys.argv) > 1 and sys.argv[1] in helpers:
+        uvloop.run(helpers[sys.argv[1]](*sys.argv[2:]))
+        return
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("what", choices=["import", "start", "cost", "streams"])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--streams", type=int, default=1000)
+    parser.add_argument("--tokens", type=int, default=200)
+    parser.add_argument("--seconds", type=float, default=60.0)
+    parser.add_argument("--in-process", action="store_true", help="streams: one process serves all")
+    chosen, flags = parser.parse_known_args()
+    if chosen.what == "import":
+        measure_import(chosen.rounds)
+    elif chosen.what == "start":
+        measure_start(chosen.rounds, flags)
+    elif chosen.what == "cost":
+        uvloop.run(measure_cost(min(chosen.streams, 100), chosen.tokens, chosen.rounds))
+    else:
+        measure_streams(chosen.streams, chosen.seconds, chosen.in_process)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,230 @@
+"""Guides compiled for a vocabulary, the masks they make, and sampling under these."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from pie_async.assembly.byte_tokenizer import ByteTokenizer
+from pie_async.errors import InvalidRequest
+from pie_async.ids import Lane, MaskSlot, SequenceId
+from pie_async.messages import LaneBinding, MaskOrder
+from pie_async.model.checkpoint import resolve_model
+from pie_async.model.guides import GuideCompiler, GuideRoom, mask_shape
+from pie_async.model.sampling import LaneSampler
+from pie_async.model.tokenizer import Tokenizer
+from pie_async.sampling_params import SamplingParams
+from pie_async.structured import StructuredOutputs
+
+VOCAB = 300
+BUILTIN_VOCAB = 4101
+
+
+@pytest.fixture(scope="module")
+def compiler() -> GuideCompiler:
+    return GuideCompiler(ByteTokenizer(VOCAB), VOCAB, ())
+
+
+@pytest.fixture(scope="module")
+def builtin() -> Tokenizer:
+    return Tokenizer.from_directory(resolve_model("builtin"))
+
+
+def allowed(row: np.ndarray, size: int) -> set[int]:
+    bits = np.unpackbits(row.view(np.uint8), bitorder="little")[:size]
+    return set(np.flatnonzero(bits).tolist())
+
+
+BAD = [
+    ({"json": '{"type": "objec"}'}, "json", "objec"),
+    ({"json": "[1"}, "json", ""),
+    ({"json": "[1]"}, "json", "object"),
+    ({"json": {"$ref": "http://example.com/schema"}}, "json", "retriev"),
+    ({"json": {"$ref": "file:///etc/passwd"}}, "json", "retriev"),
+    ({"json": {"$ref": "#/nowhere"}}, "json", "nowhere"),
+    ({"json": {"not": {}}}, "json", "not"),
+    ({"json": '{"anyOf":[' * 5000 + "{}" + "]}" * 5000}, "json", "recursion"),
+    ({"json": False}, "json", ""),
+    ({"regex": "("}, "regex", "unclosed"),
+    ({"regex": "(" * 5000 + "a" + ")" * 5000}, "regex", ""),
+    ({"regex": "(?=a)b"}, "regex", "look"),
+    ({"grammar": "start: nowhere"}, "grammar", "nowhere"),
+    ({"grammar": "start: " + "(" * 5000 + '"a"' + ")" * 5000}, "grammar", ""),
+    ({"grammar": "start: start"}, "grammar", "no output"),
+    ({"grammar": "not a grammar"}, "grammar", ""),
+]
+
+
+@pytest.mark.parametrize(("fields", "kind", "said"), BAD)
+def test_what_cannot_be_used_is_refused_by_name(compiler, fields: dict, kind: str, said: str):
+    with pytest.raises(InvalidRequest) as refused:
+        compiler.compile(StructuredOutputs(**fields))
+    assert refused.value.param == f"structured_outputs.{kind}"
+    assert said in str(refused.value)
+    assert len(str(refused.value)) < 400
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({}, "structured_outputs"),
+        ({"regex": "a", "grammar": "b"}, "structured_outputs"),
+        ({"regex": "\ud800"}, "structured_outputs.regex"),
+        ({"regex": "a" * (256 * 1024 + 1)}, "structured_outputs.regex"),
+        ({"json": {"a": object()}}, "structured_outputs.json"),
+        ({"choice": "ab"}, "structured_outputs.choice"),
+        ({"choice": [str(n) for n in range(4097)]}, "structured_outputs.choice"),
+        ({"json_object": 1}, "structured_outputs.json_object"),
+    ],
+)
+def test_what_is_no_guide_is_refused_at_once(fields: dict, param: str):
+    with pytest.raises(InvalidRequest) as refused:
+        StructuredOutputs(**fields)
+    assert refused.value.param == param
+
+
+ACCEPTED = [
+    ({"json": {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"],
+               "additionalProperties": False}}, ['{"a": 1}', '{"a":12}'], ['{"b"', "[", '{"a":"']),
+    ({"json_object": True}, ["{}", '{"x": [1, null]}'], ["1", "[", '"']),
+    ({"regex": "[0-9]{2}(a|b)"}, ["12a", "99b"], ["1a", "123", "x"]),
+    ({"choice": ['say "hi"', "no\\"]}, ['say "hi"', "no\\"], ["say hi", "maybe"]),
+    ({"grammar": 'start: "a" start | "b"'}, ["b", "aab"], ["c", "ac"]),
+    ({"grammar": 'root ::= "x" root | "y"'}, ["y", "xxy"], ["z"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("fields", "right", "wrong"), ACCEPTED)
+def test_masks_follow_the_guide(compiler, fields: dict, right: list[str], wrong: list[str]):
+    """A text is right if each of its characters is in the mask that the ones before it make."""
+    table = np.zeros(mask_shape(1, VOCAB), np.int32)
+    room = GuideRoom(compiler, table)
+
+    def passes(text: str) -> bool:
+        guide: StructuredOutputs | None = StructuredOutputs(**fields)
+        tokens: tuple[int, ...] = ()
+        for char in text:
+            made = room.make(MaskOrder(SequenceId(1), MaskSlot(1), tokens, guide))
+            assert made.refusal is None
+            if made.is_ended or ord(char) not in allowed(table[1], VOCAB):
+                return False
+            guide, tokens = None, (ord(char),)
+        return True
+
+    assert [passes(text) for text in right] == [True] * len(right)
+    assert [passes(text) for text in wrong] == [False] * len(wrong)
+
+
+def test_a_complete_output_is_said_to_be(compiler):
+    room = GuideRoom(compiler, np.zeros(mask_shape(1, VOCAB), np.int32))
+    order = MaskOrder(SequenceId(1), MaskSlot(0), tuple(b"ye"), StructuredOutputs(choice=["yes"]))
+    assert not room.make(order).is_ended
+    assert room.make(MaskOrder(SequenceId(1), MaskSlot(0), tuple(b"s"))).is_ended
+
+
+def test_an_output_that_the_guide_does_not_allow_is_refused(compiler):
+    room = GuideRoom(compiler, np.zeros(mask_shape(1, VOCAB), np.int32))
+    guide = StructuredOutputs(choice=["yes"])
+    made = room.make(MaskOrder(SequenceId(1), MaskSlot(0), tuple(b"no"), guide))
+    assert made.refusal
+
+
+def test_without_a_token_for_the_end_none_is_ever_allowed(compiler):
+    table = np.zeros(mask_shape(1, VOCAB), np.int32)
+    guide = StructuredOutputs(regex="a*")
+    GuideRoom(compiler, table).make(MaskOrder(SequenceId(1), MaskSlot(0), (), guide))
+    assert allowed(table[0], VOCAB) == {ord("a")}
+
+
+def test_a_models_own_vocabulary_and_end(builtin: Tokenizer):
+    """Logits may be wider than the vocabulary; what lies beyond it is never allowed."""
+    compiler = GuideCompiler(builtin, BUILTIN_VOCAB, builtin.eos_ids)
+    table = np.zeros(mask_shape(1, BUILTIN_VOCAB), np.int32)
+    room = GuideRoom(compiler, table)
+    guide = StructuredOutputs(regex="(thou)*")
+    room.make(MaskOrder(SequenceId(1), MaskSlot(0), (), guide))
+    texts = {builtin.token_text(token) for token in allowed(table[0], BUILTIN_VOCAB)}
+    ends = {builtin.token_text(token) for token in builtin.eos_ids}
+    assert {"t", "thou"} & texts
+    assert ends <= texts
+    assert all("thou".startswith(text[:4]) for text in texts - ends)
+
+
+def test_the_same_guide_is_compiled_once(compiler, monkeypatch):
+    guide = StructuredOutputs(regex="abc{3}")
+    first = compiler.compile(guide)
+    first.consume_token(ord("a"))
+    monkeypatch.setattr(compiler, "_compiled", None)  # would fail if it were called
+    again = compiler.compile(guide)
+    assert again.consume_token(ord("a")), "a copy of its own, at the beginning"
+
+
+def test_white_space_between_tokens_of_json_has_an_end(compiler):
+    table = np.zeros(mask_shape(1, VOCAB), np.int32)
+    room = GuideRoom(compiler, table)
+    guide: StructuredOutputs | None = StructuredOutputs(json_object=True)
+    tokens: tuple[int, ...] = (ord("{"),)
+    for _ in range(30):
+        room.make(MaskOrder(SequenceId(1), MaskSlot(0), tokens, guide))
+        guide, tokens = None, (ord(" "),)
+        if ord(" ") not in allowed(table[0], VOCAB):
+            return
+    pytest.fail("spaces without end")
+
+
+def binding(lane: int, *, guided: bool, **params) -> LaneBinding:
+    guide = StructuredOutputs(regex="a") if guided else None
+    return LaneBinding(
+        lane=Lane(lane), sequence=SequenceId(lane), seed=lane, stop_ids=(), prompt_len=1,
+        sampling=SamplingParams(structured_outputs=guide, **params),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("params", [{"temperature": 0}, {"top_p": 0.9, "top_k": 5}, {"min_p": 0.1}])
+def test_rows_are_sampled_under_their_masks_and_the_others_as_ever(params: dict):
+    vocab, lanes = 70, torch.tensor([0, 1, 2])
+    table = torch.zeros(mask_shape(3, vocab), dtype=torch.int32)
+    table.numpy()[4] = np.packbits(
+        np.isin(np.arange(96), [3, 33, 69]), bitorder="little"
+    ).view(np.int32)  # fmt: skip
+    table.numpy()[2, 1] = np.uint32(1 << 31).astype(np.int32)  # token 63: a word's sign
+    logits = torch.randn(3, vocab, generator=torch.Generator().manual_seed(5))
+
+    def sample(*guided: bool) -> list[int]:
+        sampler = LaneSampler(lanes=3, vocab_size=vocab, device=torch.device("cpu"))
+        sampler.use_masks(table)
+        for lane, is_guided in enumerate(guided):
+            sampler.bind(binding(lane, guided=is_guided, **params))
+        slots = {Lane(0): MaskSlot(4), Lane(2): MaskSlot(2)}
+        sampler.set_masks({lane: slot for lane, slot in slots.items() if guided[lane]})
+        return sampler.sample(logits.clone(), lanes, torch.tensor([1, 1, 1])).tokens.tolist()
+
+    free, masked = sample(False, False, False), sample(True, False, True)
+    assert masked[0] in {3, 33, 69}
+    assert masked[1] == free[1]
+    assert masked[2] == 63
+
+
+def test_logprobs_are_those_of_the_raw_distribution():
+    table = torch.zeros(mask_shape(1, 32), dtype=torch.int32)
+    table[0, 0] = 1 << 5
+    sampler = LaneSampler(lanes=1, vocab_size=32, device=torch.device("cpu"))
+    sampler.use_masks(table)
+    sampler.bind(binding(0, guided=True, logprobs=1))
+    sampler.set_masks({Lane(0): MaskSlot(0)})
+    logits = torch.zeros(1, 32)
+    logits[0, 9] = 2.0
+    chosen = sampler.sample(logits.clone(), torch.tensor([0]), torch.tensor([1]))
+    assert chosen.tokens.tolist() == [5]
+    assert chosen.logprobs is not None
+    assert chosen.logprobs.top_ids.tolist() == [[9]]
+    assert torch.allclose(chosen.logprobs.logprobs, logits.log_softmax(-1)[:, 5])
+
+
+def test_a_guide_is_plain_data():
+    guide = StructuredOutputs(json={"type": "object"})
+    assert json.loads(str(guide.json)) == {"type": "object"}
+    assert guide.kind == "json"
