@@ -3,6 +3,7 @@
     scripts/chaos --seeds 10000
     scripts/chaos --seeds 500:600
     scripts/chaos --seed 4711
+    scripts/chaos --api --seeds 1000
 
 A seed draws memories, options, requests and their clients' manners (slow, cancelling, vanishing,
 never reading), message delays, kernel and copy times, host memory that comes late or is refused,
@@ -10,7 +11,7 @@ copies that fail or arrive corrupted, actors that raise, devices that are lost, 
 ready tasks runs next. Each run has the happens-before checker and the invariants
 on; its tokens must be those of the seed, and everything must be returned. A failing seed prints
 the command that replays it; with --seed the digest of its story is printed, which is the same
-every time.
+every time. With --api the clients of a seed speak OpenAI's dialect, down to bytes.
 """
 
 from __future__ import annotations
@@ -54,9 +55,12 @@ def main() -> int:
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--seeds", type=_seeds, metavar="N or A:B", help="0..N-1, or A..B-1")
     which.add_argument("--seed", type=int, help="one seed, with what it drew")
+    parser.add_argument("--api", action="store_true", help="clients in OpenAI's dialect")
     chosen = parser.parse_args()
     logging.getLogger("pie_async").setLevel(logging.CRITICAL)  # a failure tells its own story
-    return _replay(chosen.seed) if chosen.seeds is None else _run_all(chosen.seeds)
+    if chosen.seeds is None:
+        return _replay(chosen.seed, through_api=chosen.api)
+    return _run_all(chosen.seeds, through_api=chosen.api)
 
 
 def _seeds(text: str) -> range:
@@ -64,10 +68,10 @@ def _seeds(text: str) -> range:
     return range(int(first or 0), int(last))
 
 
-def _replay(seed: int) -> int:
+def _replay(seed: int, *, through_api: bool) -> int:
     print(describe(Chaos.of(seed)))
     try:
-        outcome = run(seed)
+        outcome = run(seed, through_api=through_api)
     except ChaosFailed as failure:
         print(failure, file=sys.stderr)
         return 1
@@ -75,7 +79,7 @@ def _replay(seed: int) -> int:
     return 0
 
 
-def _run_all(seeds: range) -> int:
+def _run_all(seeds: range, *, through_api: bool) -> int:
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     outcomes, failed = _Totals(), []
@@ -84,7 +88,7 @@ def _run_all(seeds: range) -> int:
         task = progress.add_task("seeds", total=len(seeds))
         for seed in seeds:
             try:
-                outcomes.add(run(seed))
+                outcomes.add(run(seed, through_api=through_api))
             except ChaosFailed as failure:
                 failed.append(seed)
                 console.print(str(failure), markup=False, highlight=False)
@@ -93,7 +97,7 @@ def _run_all(seeds: range) -> int:
     print(f"{len(seeds) - len(failed)} of {len(seeds)} seeds clean in {wall_s:.1f} s")
     print(outcomes.tell(wall_s))
     for seed in failed:
-        print(f"failed: scripts/chaos --seed {seed}")
+        print(f"failed: scripts/chaos {'--api ' if through_api else ''}--seed {seed}")
     return 1 if failed else 0
 
 

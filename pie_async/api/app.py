@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from aiohttp import web
 from prometheus_client.aiohttp import make_aiohttp_handler
@@ -14,6 +14,7 @@ from pie_async.api.hosts import ANY_HOST, AllowedHosts
 from pie_async.api.in_flight import InFlight
 from pie_async.api.middlewares import (
     UNGUARDED_ROUTE,
+    as_response,
     errors_as_json,
     expect_body,
     name_response,
@@ -22,7 +23,11 @@ from pie_async.api.middlewares import (
 )
 from pie_async.api.prometheus import ServerMetrics
 from pie_async.openai.backend import Backend
+from pie_async.openai.errors import EngineStarting, error_reply
 from pie_async.openai.service import OpenAIService
+
+if TYPE_CHECKING:
+    from aiohttp.typedefs import Middleware
 
 DEFAULT_MAX_BODY_BYTES = 4 * 2**20
 
@@ -71,9 +76,8 @@ def create_app(
 
     app = web.Application(
         middlewares=[
-            errors_as_json(metrics),
-            require_known_host(allowed_hosts or AllowedHosts([ANY_HOST])),
-            require_api_key(ApiKeys.of(api_keys)),
+            errors_as_json(metrics.count_response),
+            *_guards(ApiKeys.of(api_keys), allowed_hosts),
         ]
     )
     app[IN_FLIGHT] = in_flight
@@ -106,6 +110,28 @@ def pie_app(engine: Backend, **options: Any) -> web.Application:
         options: those of `create_app`.
     """
     return create_app(engine, **options)
+
+
+def create_waiting_app(
+    *, api_keys: ApiKeys | Iterable[str] = (), allowed_hosts: AllowedHosts | None = None
+) -> web.Application:
+    """What answers until there is an engine: 503, and when to come again, to whoever may ask."""
+    app = web.Application(
+        middlewares=[errors_as_json(), *_guards(ApiKeys.of(api_keys), allowed_hosts)]
+    )
+    app.router.add_get("/health", _not_yet, name=UNGUARDED_ROUTE)
+    app.router.add_route("*", "/{path:.*}", _not_yet)
+    app.on_response_prepare.append(name_response)
+    return app
+
+
+async def _not_yet(_request: web.Request) -> web.Response:
+    # Returned, not raised: probes come every second, and what is raised is logged.
+    return as_response(error_reply(EngineStarting()))
+
+
+def _guards(keys: ApiKeys, hosts: AllowedHosts | None) -> tuple[Middleware, ...]:
+    return require_known_host(hosts or AllowedHosts([ANY_HOST])), require_api_key(keys)
 
 
 async def _end_answers(app: web.Application) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 import os
 import socket
@@ -91,12 +92,15 @@ class Connection(web.RequestHandler):
             self._deadline = None
 
 
-class LimitedSite(web.BaseSite):
-    """A listening socket, of a port or a path, that holds at most so many connections."""
+class Door:
+    """A listening socket, of a port or a path, that holds at most so many connections.
+
+    Who answers behind it may change while it is open: connections go to the application that
+    it leads to when they come.
+    """
 
     def __init__(
         self,
-        runner: web.AppRunner,
         host: str,
         port: int,
         *,
@@ -104,40 +108,72 @@ class LimitedSite(web.BaseSite):
         max_connections: int = DEFAULT_MAX_CONNECTIONS,
     ) -> None:
         """`uds`: a path to listen at instead of host and port."""
-        super().__init__(runner)
         self._host, self._port = host, port
         self._uds = uds
         self._max_connections = max_connections
+        self._answering: web.Server | None = None
+        self._listening: asyncio.AbstractServer | None = None
 
     @property
-    def name(self) -> str:
-        return f"http://{self._host}:{self._port}" if self._uds is None else f"unix:{self._uds}"
+    def url(self) -> str:
+        """Of the open door: where it is, with the port that was picked."""
+        if self._uds is not None:
+            return f"unix:{self._uds}"
+        listening = cast("asyncio.Server", self._listening)  # uvloop's is no subclass
+        host, port = listening.sockets[0].getsockname()[:2]
+        return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
-    async def start(self) -> None:
-        """Raises ConfigError if there is something at the path, OSError of host and port."""
-        await super().start()
+    def lead_to(self, runner: web.AppRunner) -> None:
+        """Connections that come from now on are this application's, which has been set up."""
+        self._answering = runner.server
+
+    async def open(self) -> None:
+        """Listen. Raises ConfigError if that cannot be."""
         loop = asyncio.get_running_loop()
-        if self._uds is None:
-            self._server = await loop.create_server(
-                self._connect, self._host, self._port, backlog=_BACKLOG
-            )
-        else:
-            self._server = await loop.create_unix_server(
+        if self._uds is not None:
+            self._listening = await loop.create_unix_server(
                 self._connect, sock=_bind(self._uds), backlog=_BACKLOG
             )
+            return
+        try:
+            self._listening = await loop.create_server(
+                self._connect, self._host, self._port, backlog=_BACKLOG
+            )
+        except OSError as error:
+            raise _cannot_listen(self._host, self._port, error) from error
 
-    async def stop(self) -> None:
-        was_listening = self._server is not None
-        await super().stop()
-        if self._uds is not None and was_listening:
+    def close(self) -> None:
+        """Listen no more; connections stay. Calling it again does nothing."""
+        if self._listening is None:
+            return
+        self._listening.close()
+        self._listening = None
+        if self._uds is not None:
             self._uds.unlink(missing_ok=True)
 
     def _connect(self) -> asyncio.Protocol:
-        server = self._runner.server
+        server = self._answering
         assert server is not None
         if len(server.connections) >= self._max_connections:
             return _Refusal()
         return Connection(server, loop=asyncio.get_running_loop())
+
+
+def _cannot_listen(host: str, port: int, error: OSError) -> ConfigError:
+    if error.errno == errno.EADDRINUSE:
+        return ConfigError(
+            f"port {port} of {host} is in use; choose another with --port", option="port"
+        )
+    if error.errno in (errno.EACCES, errno.EPERM):
+        return ConfigError(
+            f"port {port} may not be used by this user; choose one above 1023 with --port",
+            option="port",
+        )
+    return ConfigError(
+        f"cannot listen on {host}: {error.strerror or error}; choose an address of this "
+        "machine with --host",
+        option="host",
+    )
 
 
 class _Refusal(asyncio.Protocol):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import uuid
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from aiohttp import web
@@ -11,7 +12,6 @@ from aiohttp import web
 from pie_async.api.auth import ApiKeys
 from pie_async.api.hosts import AllowedHosts
 from pie_async.api.listener import Connection
-from pie_async.api.prometheus import ServerMetrics
 from pie_async.openai.answer import log_failure
 from pie_async.openai.errors import ErrorDetail, ErrorReply, error_reply
 
@@ -40,8 +40,8 @@ async def name_response(request: web.Request, response: web.StreamResponse) -> N
     response.headers[REQUEST_ID_HEADER] = request_id(request)
 
 
-def errors_as_json(metrics: ServerMetrics) -> Middleware:
-    """Turns whatever is raised into a response, and counts all responses."""
+def errors_as_json(count: Callable[[str, int], None] | None = None) -> Middleware:
+    """Turns whatever is raised into a response, and has all responses counted: route, status."""
 
     @web.middleware
     async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
@@ -57,7 +57,8 @@ def errors_as_json(metrics: ServerMetrics) -> Middleware:
         finally:
             if isinstance(connection, Connection):
                 connection.end()
-        metrics.count_response(_route(request), response.status)
+        if count is not None:
+            count(_route(request), response.status)
         return response
 
     return middleware
@@ -98,12 +99,7 @@ async def expect_body(request: web.Request) -> web.StreamResponse | None:
 def _error_response(request: web.Request, error: Exception) -> web.Response:
     reply = error_reply(error)
     log_failure(error, request_id(request))
-    response = _response(reply)
-    if reply.status == 401:
-        response.headers["WWW-Authenticate"] = "Bearer"
-    if reply.status == 503:  # a load balancer should find another server
-        response.force_close()
-    return response
+    return as_response(reply)
 
 
 def _http_error(request: web.Request, error: web.HTTPException) -> web.StreamResponse:
@@ -120,19 +116,25 @@ def _http_error(request: web.Request, error: web.HTTPException) -> web.StreamRes
         type="invalid_request_error" if error.status < 500 else "server_error",
         code={404: "unknown_url", 405: "method_not_allowed"}.get(error.status),
     )
-    response = _response(ErrorReply(status=error.status, detail=detail))
+    response = as_response(ErrorReply(status=error.status, detail=detail))
     if "Allow" in error.headers:
         response.headers["Allow"] = error.headers["Allow"]
     return response
 
 
-def _response(reply: ErrorReply) -> web.Response:
-    return web.Response(
+def as_response(reply: ErrorReply) -> web.Response:
+    """What HTTP makes of it."""
+    response = web.Response(
         status=reply.status,
         body=reply.body,
         headers=reply.headers,
         content_type="application/json",
     )
+    if reply.status == 401:
+        response.headers["WWW-Authenticate"] = "Bearer"
+    if reply.status == 503:  # a load balancer should find another server
+        response.force_close()
+    return response
 
 
 def _route(request: web.Request) -> str:

@@ -110,20 +110,21 @@ def serve(
         console.print(warning, style="yellow", markup=False, soft_wrap=True)
 
     async def main() -> int:
-        from pie_async.api.server import serve as serve_http
+        from pie_async.api.server import Server
 
+        server = Server(
+            host,
+            port,
+            uds=uds,
+            api_keys=keys,
+            allowed_hosts=allowed_host or (),
+            max_connections=max_connections,
+        )
         run_engine = partial(started, exits_when_stuck=True) if in_process else _apart
-        engine_runs = run_engine(engine, plan_of_faults)
-        async with engine_runs as running:
-            await serve_http(
+        async with server, run_engine(engine, plan_of_faults) as running:
+            await server.serve(
                 running,
-                host,
-                port,
-                uds=uds,
                 served_model_name=served_model_name,
-                api_keys=keys,
-                allowed_hosts=allowed_host or (),
-                max_connections=max_connections,
                 max_body_bytes=int(max_body),
                 shutdown_timeout_s=shutdown_timeout,
                 on_ready=_announcer(served_model_name or running.model.name),

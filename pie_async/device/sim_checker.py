@@ -66,8 +66,8 @@ class KvChecker:
 
     For every sequence ever seen it keeps the hash of each prefix, so memory grows with the
     tokens fed: a tool for tests. A block that holds other tokens than the sequence's own
-    prefix is an error whatever its history; a sequence that starts behind position 0 adopts
-    the prefix it finds, if that is one unbroken prefix.
+    prefix is an error whatever its history; a sequence that starts behind all that it ever had
+    adopts the prefix it finds, if that is one unbroken prefix and no other than its own.
 
     Attributes:
         damaged: sequences that read what a copy which went wrong for good left behind. The
@@ -227,7 +227,7 @@ class KvChecker:
         for fed in rows:
             row, end = fed.row, fed.row.start + len(fed.tokens)
             table = self._table(row, self._layout.blocks_for(end))
-            if self._is_new(row) and self._finds_damage(row, table):
+            if self._adopts(row) and self._finds_damage(row, table):
                 self.damaged.add(row.sequence)
             if row.sequence in self.damaged:
                 for block in range(row.start // block_tokens, self._layout.blocks_for(end)):
@@ -275,9 +275,10 @@ class KvChecker:
             )
         return table
 
-    def _is_new(self, row: Row) -> bool:
-        """Whether it starts on a prefix that others computed."""
-        return row.start > 0 and not self._prefixes.get(row.sequence)
+    def _adopts(self, row: Row) -> bool:
+        """Whether it starts on KV that others computed: it is new, or lost its own and begins
+        anew on more than it ever had."""
+        return row.start > len(self._prefixes.get(row.sequence, ()))
 
     def _finds_damage(self, row: Row, table: list[int]) -> bool:
         """Whether staging has just failed for a block that it starts on, which the engine knows."""
@@ -288,12 +289,12 @@ class KvChecker:
         return any(self.memory.tag(location) == DAMAGED for location in locations)
 
     def _prefix(self, row: Row, table: list[int]) -> list[int | None]:
-        """The prefix hashes of a sequence, adopted from the blocks it was given if it is new."""
+        """The prefix hashes of a sequence, adopted from the blocks it was given if it is behind."""
         prefix = self._prefixes.setdefault(row.sequence, [])
         if row.start <= len(prefix):
             return prefix
         block_tokens = self._layout.block_tokens
-        if prefix or row.start % block_tokens:
+        if row.start % block_tokens:
             raise CorruptKv(
                 f"sequence {row.sequence} starts at position {row.start}, but only the KV of "
                 f"its first {len(prefix)} tokens was ever written"
@@ -309,9 +310,14 @@ class KvChecker:
                 f"sequence {row.sequence} starts at position {row.start} on a prefix that is "
                 f"not one: its blocks hold {contents}"
             )
-        for tag in found:
-            prefix += [None] * (block_tokens - 1)
-            prefix.append(tag)
+        known = prefix[block_tokens - 1 :: block_tokens]
+        if any(own not in (None, tag) for own, tag in zip(known, found, strict=False)):
+            raise CorruptKv(
+                f"sequence {row.sequence} begins anew at position {row.start} on other tokens "
+                "than its own"
+            )
+        prefix += [None] * (row.start - len(prefix))
+        prefix[block_tokens - 1 :: block_tokens] = found
         return prefix
 
     def _extend(self, fed: FedRow, prefix: list[int | None]) -> None:

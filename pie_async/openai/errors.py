@@ -105,6 +105,15 @@ class BodyTimeout(InvalidRequest):
     """The request's body did not arrive in time."""
 
 
+class EngineStarting(EngineStopped):
+    """There is no engine yet."""
+
+    code = "engine_starting"
+
+    def __init__(self) -> None:
+        super().__init__("the model is being loaded; try again soon")
+
+
 class _Row(NamedTuple):
     kind: type[BaseException]
     status: int

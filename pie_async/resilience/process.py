@@ -9,9 +9,17 @@ import socket
 import sys
 from pathlib import Path
 
-from pie_async import errors
 from pie_async.config import EngineConfig
-from pie_async.errors import ConfigError, EngineStopped, PieError
+from pie_async.errors import (
+    ConfigError,
+    DeviceFault,
+    EngineStopped,
+    EngineStuck,
+    ModelError,
+    PieError,
+    UnsupportedModel,
+    WeightsError,
+)
 from pie_async.messages import Message
 from pie_async.resilience.wire import Failed, FromEngine, Start, Wire, WireError
 from pie_async.runtime.faults import FaultPlan
@@ -28,6 +36,15 @@ STACKS_S = 0.5
 """For a silent process to write its stacks to standard error, which takes no lock of Python's."""
 LEAVE_S = 10.0
 """How long a process that was hung up on may take to end; then it is killed."""
+
+
+_AS_THEY_ARE: tuple[type[PieError], ...] = (
+    ModelError,
+    WeightsError,
+    EngineStuck,
+    DeviceFault,
+)
+"""Errors whose message says it all. Any other name that the process sends is `EngineStopped`."""
 
 
 class EngineProcess:
@@ -136,16 +153,7 @@ class EngineProcess:
 
     def refusal(self) -> PieError | None:
         """The error it ended with, as its own process raised it."""
-        if self._failed is None:
-            return None
-        kind = getattr(errors, self._failed.kind, EngineStopped)
-        if kind is ConfigError:
-            return ConfigError(self._failed.message, option=self._failed.option)
-        if kind is errors.UnsupportedModel:
-            return errors.ModelError(self._failed.message)
-        error = kind(self._failed.message)
-        assert isinstance(error, PieError)
-        return error
+        return None if self._failed is None else _as_raised(self._failed)
 
     def kill(self, why: str) -> None:
         """End it at once; `why` is what `buried` will say."""
@@ -155,6 +163,15 @@ class EngineProcess:
     def _send(self, number: signal.Signals) -> None:
         with contextlib.suppress(ProcessLookupError):
             self._process.send_signal(number)
+
+
+def _as_raised(failed: Failed) -> PieError:
+    if failed.kind == ConfigError.__name__:
+        return ConfigError(failed.message, option=failed.option)
+    if failed.kind == UnsupportedModel.__name__:  # its feature is named in the message
+        return ModelError(failed.message)
+    kinds = {kind.__name__: kind for kind in _AS_THEY_ARE}
+    return kinds.get(failed.kind, EngineStopped)(failed.message)
 
 
 def _name(number: int) -> str:

@@ -56,10 +56,11 @@ class Fault(
             raise self._wrong(f"at is {list(self.at)}, but occurrences are counted from 1")
         if not 0.0 <= self.probability <= 1.0:
             raise self._wrong(f"probability must be 0 to 1, not {self.probability}")
-        for name in ("seconds", "share"):
-            value = getattr(self, name, None)
-            if value is not None and not 0.0 <= value < float("inf"):
-                raise self._wrong(f"{name} must be at least 0, not {value}")
+        seconds, share = getattr(self, "seconds", 0.0), getattr(self, "share", 0.0)
+        if not 0.0 <= seconds < float("inf"):
+            raise self._wrong(f"seconds must be at least 0, not {seconds}")
+        if not 0.0 <= share <= 1.0:
+            raise self._wrong(f"share must be 0 to 1, not {share}")
 
     @property
     def point(self) -> str:
@@ -239,11 +240,21 @@ PROCESS_POINTS: tuple[type[Fault], ...] = (EngineKilled, ApiKilled)
 
 
 class FaultPlan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What goes wrong, fault by fault; the first one that bites at a place is taken."""
+    """What goes wrong, fault by fault; the first one that bites at a place is taken.
+
+    Raises:
+        ConfigError: on construction, `lives` is below 1.
+    """
 
     faults: tuple[AnyFault, ...]
     lives: int = 1
     """So many engine processes in a row get the plan; those after them are spared."""
+
+    def __post_init__(self) -> None:
+        if self.lives < 1:
+            raise ConfigError(
+                f"a plan of faults for {self.lives} lives: give at least 1", option="faults"
+            )
 
     @classmethod
     def read(cls, path: Path) -> FaultPlan:
@@ -255,7 +266,11 @@ class FaultPlan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         try:
             text = path.read_bytes()
             raw = (msgspec.toml if path.suffix == ".toml" else msgspec.json).decode(text)
-        except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
+        except (
+            OSError,
+            ValueError,
+            RecursionError,
+        ) as error:  # no text, no TOML, no JSON; too deep
             reason = getattr(error, "strerror", None) or str(error)
             raise ConfigError(f"cannot read {path}: {reason}", option="faults") from error
         return cls.of(raw)

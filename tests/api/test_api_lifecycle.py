@@ -12,6 +12,7 @@ import pytest
 from aiohttp import web
 
 from pie_async.api import create_app, serve
+from pie_async.api.server import Server
 from pie_async.api.sse import send_body
 from pie_async.errors import ConfigError
 from tests.support.fake_engine import FakeEngine
@@ -19,6 +20,7 @@ from tests.support.fake_engine import FakeEngine
 pytestmark = pytest.mark.realtime
 
 BODY = {"messages": [{"role": "user", "content": "Hi"}]}
+STREAMED = {**BODY, "stream": True}
 CHAT = "/v1/chat/completions"
 
 
@@ -215,6 +217,101 @@ async def test_signal_handlers_are_gone_when_serve_returns() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
         await running.returned()
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+@pytest.mark.parametrize("first_to_end", [0, 1])
+async def test_two_servers_of_a_process_hear_the_same_signal(first_to_end) -> None:
+    heard = []
+    before = signal.signal(signal.SIGTERM, lambda *_: heard.append("the application"))
+    try:
+        engines = [FakeEngine(hold_at=2), FakeEngine(hold_at=2)]
+        servers = [Running(engine) for engine in engines]
+        async with await servers[0].session() as one, await servers[1].session() as two:
+            replies = [await http.post(CHAT, json=STREAMED) for http in (one, two)]
+            for engine in engines:
+                await soon(engine.holding)
+            os.kill(os.getpid(), signal.SIGTERM)
+            for number in (first_to_end, 1 - first_to_end):
+                assert not servers[number].task.done()
+                engines[number].gate.set()
+                assert (await replies[number].text()).endswith("data: [DONE]\n\n")
+                await servers[number].returned()
+        assert heard == []
+        os.kill(os.getpid(), signal.SIGTERM)
+        await asyncio.sleep(0)
+        assert heard == ["the application"]
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+async def test_a_server_that_starts_later_ends_first_and_the_other_still_hears() -> None:
+    staying, passing = Running(FakeEngine()), None
+    async with await staying.session() as session:
+        passing = Running(FakeEngine())
+        async with await passing.session():
+            passing.task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await passing.task
+        async with session.get("/ready") as reply:
+            assert reply.status == 200
+        os.kill(os.getpid(), signal.SIGTERM)
+        await staying.returned()
+
+
+@pytest.mark.parametrize("path", ["/health", "/ready", "/v1/models", "/metrics", "/nothing", CHAT])
+async def test_until_there_is_an_engine_everything_is_told_to_wait(path) -> None:
+    async with Server(port=0) as server, aiohttp.ClientSession(server.url) as session:
+        for method in ("GET", "POST"):
+            async with session.request(method, path, json=BODY) as reply:
+                assert (reply.status, reply.headers["Connection"]) == (503, "close")
+                assert int(reply.headers["Retry-After"]) > 0
+                assert "X-Request-Id" in reply.headers
+                error = (await reply.json())["error"]
+                assert (error["code"], error["type"]) == ("engine_starting", "server_error")
+
+
+async def test_who_was_told_to_wait_is_served_once_there_is_an_engine() -> None:
+    ready = asyncio.get_running_loop().create_future()
+    async with Server(port=0) as server, aiohttp.ClientSession(server.url) as session:
+        idle = await asyncio.open_connection("127.0.0.1", session._base_url.port)
+        async with session.post(CHAT, json=BODY) as reply:
+            assert reply.status == 503
+        serving = asyncio.create_task(server.serve(FakeEngine(), on_ready=ready.set_result))
+        assert await asyncio.wait_for(ready, 5) == server.url
+        assert await asyncio.wait_for(idle[0].read(), 5) == b""  # not left with the old answer
+        idle[1].close()
+        async with session.get("/ready") as reply:
+            assert reply.status == 200
+        async with session.post(CHAT, json=BODY) as reply:
+            assert reply.status == 200
+        os.kill(os.getpid(), signal.SIGTERM)
+        await asyncio.wait_for(serving, 5)
+        with pytest.raises(aiohttp.ClientConnectorError):
+            await session.get("/ready")
+
+
+async def test_a_server_without_an_engine_guards_as_one_with_one() -> None:
+    key = {"Authorization": "Bearer key"}
+    asked = [
+        ("/v1/models", {}, 401),
+        ("/v1/models", key, 503),
+        ("/v1/models", {**key, "Host": "evil.example"}, 403),
+        ("/health", {}, 503),
+    ]
+    async with (
+        Server(port=0, api_keys=["key"], allowed_hosts=["gpu-box"]) as server,
+        aiohttp.ClientSession(server.url) as session,
+    ):
+        for path, headers, status in asked:
+            async with session.get(path, headers=headers) as reply:
+                assert reply.status == status
+
+
+async def test_a_server_whose_engine_never_came_leaves_nothing() -> None:
+    async with Server(port=0) as server:
+        port = int(server.url.rsplit(":", 1)[1])
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", port))
 
 
 async def test_port_in_use_is_a_config_error_that_names_the_port() -> None:

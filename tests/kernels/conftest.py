@@ -19,6 +19,9 @@ def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
     elif torch.cuda.is_available():
         pytest.skip("kernels are compiled on this machine")
     else:
+        from tests.support.quick_interpreter import quicken
+
+        quicken()
         yield torch.device("cpu")
 
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 import urllib.request
+from pathlib import Path
 
 import pytest
 
@@ -74,3 +76,37 @@ def test_a_stream_goes_on_after_kill_9_and_the_end_is_graceful(server):
     assert "SIGKILL" in errors
     assert "Traceback" not in errors
     assert not os.path.exists(f"/proc/{successor}")
+
+
+def get(path: Path, target: str) -> tuple[int, dict]:
+    """Status and JSON of one answer at a Unix socket."""
+    with socket.socket(socket.AF_UNIX) as client:
+        client.settimeout(30)
+        client.connect(str(path))
+        client.sendall(f"GET {target} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode())
+        answer = b"".join(iter(lambda: client.recv(65536), b""))
+    head, _, body = answer.partition(b"\r\n\r\n")
+    return int(head.split()[1]), json.loads(body)
+
+
+@pytest.mark.parametrize("flags", [(), ("--in-process",)], ids=["apart", "in-process"])
+def test_it_listens_while_the_model_is_loaded_and_says_so(tmp_path, flags):
+    path = tmp_path / "pie.sock"
+    command = [sys.executable, "-m", "pie_async", "serve", "--uds", str(path), *flags]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        try:
+            until_s = time.monotonic() + 30
+            while not path.exists():
+                assert time.monotonic() < until_s
+                time.sleep(0.01)
+            early = [get(path, target) for target in ("/health", "/ready", "/v1/models")]
+            assert process.stdout.readline().startswith(b"serving ")
+            late = [get(path, target) for target in ("/health", "/ready", "/v1/models")]
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(30) == 0
+        finally:
+            process.kill()
+    assert [status for status, _ in early] == [503] * 3
+    assert {body["error"]["code"] for _, body in early} == {"engine_starting"}
+    assert [status for status, _ in late] == [200] * 3
+    assert not path.exists()

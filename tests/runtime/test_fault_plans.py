@@ -84,6 +84,10 @@ def test_a_plan_is_read_from_json_and_from_toml(tmp_path: Path):
         ([{"point": "copy_stuck", "at": [0]}], r"counted from 1"),
         ([{"point": "copy_stuck", "probability": 1.5}], r"must be 0 to 1, not 1\.5"),
         ([{"point": "kernel_slow", "at": [1], "seconds": -1}], r"at least 0, not -1"),
+        (
+            [{"point": "pinning_refused", "at": [1], "share": 1.5}],
+            r"share must be 0 to 1, not 1\.5",
+        ),
         ("copy_slow", r"Expected `array`, got `str`"),
     ],
 )
@@ -96,9 +100,24 @@ def test_a_file_that_is_no_plan_is_named(tmp_path: Path):
     path = tmp_path / "plan.json"
     with pytest.raises(ConfigError, match=r"cannot read .*plan\.json: No such file"):
         FaultPlan.read(path)
-    path.write_text("{")
-    with pytest.raises(ConfigError, match=r"cannot read .*plan\.json: "):
+
+
+@pytest.mark.parametrize("suffix", ["json", "toml"])
+@pytest.mark.parametrize(
+    "data",
+    [b"{", b"\xff", b"faults = " + b"[" * 5000, b"[" * 100_000, b"lives = " + b"9" * 5000],
+    ids=["cut", "no text", "deep", "deeper", "digits"],
+)
+def test_a_file_that_holds_no_plan_is_refused_whatever_it_holds(tmp_path: Path, suffix, data):
+    path = tmp_path / f"plan.{suffix}"
+    path.write_bytes(data)
+    with pytest.raises(ConfigError, match=rf"cannot read .*plan\.{suffix}: "):
         FaultPlan.read(path)
+
+
+def test_a_plan_for_no_life_is_refused():
+    with pytest.raises(ConfigError, match="for 0 lives"):
+        FaultPlan(faults=(), lives=0)
 
 
 def test_a_fault_bites_at_its_occurrences_among_the_places_that_are_meant():

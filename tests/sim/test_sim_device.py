@@ -335,6 +335,32 @@ async def test_shared_prefixes_are_followed_to_whoever_wrote_them():
         await run(device, broken)
 
 
+def beginning_anew(blocks: tuple[int, ...], iteration: int) -> RunIteration:
+    """Sequence 1, on two sealed blocks."""
+    return RunIteration(
+        iteration=iteration,
+        rows=(Row(1, 2, 8, (18, 19, 20), True),),
+        bindings=(bind(1, lane=2, prompt_len=11),),
+        tables=(TableUpdate(2, 0, blocks),),
+    )
+
+
+async def test_a_sequence_that_begins_anew_may_adopt_more_than_it_ever_had():
+    device = started()
+    await run(device, prefill(0, PROMPT, (0, 1, 2)))
+    await run(device, prefill(1, PROMPT[:5], (4, 5), lane=1, iteration=1))
+    await run(device, beginning_anew((0, 1, 6), iteration=2))
+    await run(device, feed(1, 11, (), lane=2, iteration=3))
+
+
+async def test_beginning_anew_on_the_prefix_of_others_is_caught():
+    device = started()
+    await run(device, prefill(0, (63, *PROMPT[1:]), (0, 1, 2)))
+    await run(device, prefill(1, PROMPT[:5], (4, 5), lane=1, iteration=1))
+    with pytest.raises(CorruptKv, match="begins anew at position 8 on other tokens"):
+        await run(device, beginning_anew((0, 1, 6), iteration=2))
+
+
 @pytest.mark.parametrize(
     ("command", "message"),
     [

@@ -18,11 +18,14 @@ class Seen:
     end: str | None = None
 
 
+def may_be_cut(chaos: Chaos) -> bool:
+    """Whether what was drawn may end requests before their time."""
+    return chaos.closes_at_s is not None or chaos.pool.refused_at is not None or chaos.may_lose
+
+
 def check_outputs(engine: Engine, chaos: Chaos, client: Client, outputs: list[Seen]) -> None:
     """Whatever a client saw is what its seed says, and it ended as its manners allow."""
-    may_be_cut = (
-        chaos.closes_at_s is not None or chaos.pool.refused_at is not None or chaos.may_lose
-    )
+    is_unsafe = may_be_cut(chaos)
     for index, seen in enumerate(outputs):
         expected = expected_tokens(engine, len(client.prompt), client.params, index=index)
         assert seen.tokens == expected[: len(seen.tokens)], f"{client}: {seen.tokens}"
@@ -31,9 +34,9 @@ def check_outputs(engine: Engine, chaos: Chaos, client: Client, outputs: list[Se
         if seen.end == "stop":
             assert text[len(seen.text) :].startswith(client.params.stop), f"{client}: {text!r}"
         elif seen.end == "length":
-            assert may_be_cut or len(seen.tokens) == client.params.max_tokens, f"{client}: {seen}"
+            assert is_unsafe or len(seen.tokens) == client.params.max_tokens, f"{client}: {seen}"
             assert seen.text == text
-        elif client.manner in ("reads", "is slow") and not may_be_cut:
+        elif client.manner in ("reads", "is slow") and not is_unsafe:
             refused = chaos.options["max_queued_requests"] < len(chaos.clients)
             assert refused and seen.end == "Overloaded", f"{client} ended with {seen}"
         if seen.end not in ("stop", "abort"):

@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import pie_async.engine
@@ -18,6 +18,7 @@ from pie_async.metrics import EngineStats
 from pie_async.request_stream import RequestStream
 from pie_async.runtime.faults import FaultPlan, Faults
 from pie_async.testing import check_answered, check_returned, run_in_virtual_time
+from tests.support import chaos_api
 from tests.support.chaos import Chaos, Client, describe, spread
 from tests.support.chaos_checks import Seen, check_outputs
 from tests.support.chaos_world import delay_mail, vary_times, withhold_pool
@@ -47,10 +48,16 @@ class Outcome:
         return hashlib.sha256(self.story).hexdigest()
 
 
-def run(seed: int, *, change: Callable[[Engine], None] | None = None) -> Outcome:
+def run(
+    seed: int,
+    *,
+    through_api: bool = False,
+    change: Callable[[Engine], None] | None = None,
+) -> Outcome:
     """Run a seed on virtual time.
 
     Args:
+        through_api: its clients speak OpenAI's dialect; see `chaos_api`.
         change: done to the engine once it has started, for tests of this.
 
     Raises:
@@ -60,11 +67,14 @@ def run(seed: int, *, change: Callable[[Engine], None] | None = None) -> Outcome
     chaos = Chaos.of(seed)
     engine = _engine(chaos)
     try:
-        return run_in_virtual_time(_run(engine, chaos, change), order_seed=chaos.seed)
+        return run_in_virtual_time(
+            _run(engine, chaos, API if through_api else ENGINE, change), order_seed=chaos.seed
+        )
     except (Exception, ExceptionGroup) as error:
         last = engine.story.tell(last=12) if engine.story is not None else ""
         raise ChaosFailed(
-            f"seed {seed}: {_first(error)!r}\nreplay it with: scripts/chaos --seed {seed}\n"
+            f"seed {seed}: {_first(error)!r}\nreplay it with: scripts/chaos "
+            f"{'--api ' if through_api else ''}--seed {seed}\n"
             f"{describe(chaos)}\nwhat happened last:\n{last}"
         ) from error
 
@@ -88,17 +98,19 @@ def _engine(chaos: Chaos) -> Engine:
     )
 
 
-async def _run(engine: Engine, chaos: Chaos, change: Callable[[Engine], None] | None) -> Outcome:
+async def _run(
+    engine: Engine, chaos: Chaos, surface: Surface, change: Callable[[Engine], None] | None
+) -> Outcome:
     await _start(engine, chaos)
     if change is not None:
         change(engine)
     seen = [[Seen() for _ in range(client.params.n)] for client in chaos.clients]
     async with asyncio.timeout(PATIENCE_S):
-        await _serve(engine, chaos, seen)
+        await _serve(engine, chaos, surface, seen)
     outcome = Outcome(virtual_s=asyncio.get_running_loop().time(), stats=engine.stats())
     await _check_end(engine, chaos)
     for client, outputs in zip(chaos.clients, seen, strict=True):
-        check_outputs(engine, chaos, client, outputs)
+        surface.check(engine, chaos, client, outputs)
         for output in outputs:
             outcome.endings[str(output.end)] = outcome.endings.get(str(output.end), 0) + 1
     assert engine.story is not None and engine.faults is not None
@@ -121,11 +133,11 @@ async def _start(engine: Engine, chaos: Chaos) -> None:
     engine.story.keep_all()
 
 
-async def _serve(engine: Engine, chaos: Chaos, seen: list[list[Seen]]) -> None:
+async def _serve(engine: Engine, chaos: Chaos, surface: Surface, seen: list[list[Seen]]) -> None:
     """Until all clients are gone and the engine is idle, closed or, if that was drawn, dead."""
     async with asyncio.TaskGroup() as group:
         for number in range(len(chaos.clients)):
-            group.create_task(_client(engine, chaos, number, seen[number]))
+            group.create_task(surface.visit(engine, chaos, number, seen[number]))
         if chaos.closes_at_s is not None:
             await asyncio.sleep(chaos.closes_at_s)
             await engine.aclose(drain_s=chaos.drain_s)
@@ -205,3 +217,14 @@ async def _ended(chaos: Chaos, reading: asyncio.Task[None], seen: list[Seen]) ->
             raise
         for output in seen:
             output.end = output.end or type(error).__name__
+
+
+class Surface(NamedTuple):
+    """How clients reach the engine, and what is checked of what they saw."""
+
+    visit: Callable[[Engine, Chaos, int, list[Seen]], Coroutine[Any, Any, None]]
+    check: Callable[[Engine, Chaos, Client, list[Seen]], None]
+
+
+ENGINE = Surface(_client, check_outputs)
+API = Surface(chaos_api.visit, chaos_api.check_texts)

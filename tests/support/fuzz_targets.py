@@ -26,6 +26,7 @@ from pie_async.model.config import read_config
 from pie_async.model.safetensors_file import read_header
 from pie_async.openai.reading import CHAT_READER, COMPLETION_READER
 from pie_async.resilience.wire import FromEngine, ToEngine, Wire, WireError
+from pie_async.runtime.faults import FaultPlan, Faults
 from pie_async.workload import read_trace
 
 CORPUS = Path(__file__).parents[1] / "fuzz_corpus"
@@ -150,6 +151,26 @@ def _file(name: str, data: bytes) -> Path:
     return path
 
 
+def fault_plan_toml(data: bytes) -> None:
+    _run_plan(_file("plan.toml", data))
+
+
+def fault_plan_json(data: bytes) -> None:
+    _run_plan(_file("plan.json", data))
+
+
+def _run_plan(path: Path) -> None:
+    """What is read as a plan can be written again, and asked."""
+    try:
+        plan = FaultPlan.read(path)
+    except ConfigError:
+        return
+    assert FaultPlan.of(msgspec.to_builtins(plan)) == plan
+    faults = Faults(plan)
+    for fault in plan.faults:
+        faults.at(type(fault))
+
+
 def azure_trace(data: bytes) -> None:
     with contextlib.suppress(ConfigError):
         read_trace(_file("trace.csv", data))
@@ -200,6 +221,8 @@ TARGETS: dict[str, Callable[[bytes], None]] = {
         sse,
         flags,
         configuration,
+        fault_plan_toml,
+        fault_plan_json,
         azure_trace,
         mooncake_trace,
         safetensors,
