@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from typing import assert_never
@@ -12,8 +13,11 @@ import msgspec
 
 from pie_async.core import invariants
 from pie_async.core.batching import IterationPlan, plan_iteration
+from pie_async.core.layout import KvLayout
 from pie_async.core.schedule import Launched, Schedule
 from pie_async.ids import IterationId
+from pie_async.live.timeline import LimitChange, Span
+from pie_async.live.view import EngineView, memory_map, sequence_views
 from pie_async.messages import (
     Advance,
     Cancel,
@@ -50,6 +54,8 @@ from pie_async.runtime.mailbox import Mailbox
 
 NO_ITERATION = IterationId(0)
 """Set in facts that no iteration caused."""
+LIMITS_KEPT = 12
+"""Of the governor's decisions, for whoever looks."""
 
 
 class Neighbours(msgspec.Struct, frozen=True, kw_only=True):
@@ -92,6 +98,9 @@ class SchedulerActor(Actor[SchedulerMail]):
         self._now_s: Callable[[], float] = time.monotonic
         self._progress_s = 0.0
         """When the oldest iteration in flight came first: loop time."""
+        self._took_s = 0.0
+        """The last iteration, from first to last."""
+        self._limits: deque[LimitChange] = deque(maxlen=LIMITS_KEPT)
 
     def connect(self, neighbours: Neighbours) -> None:
         """Say where decisions go; before `run`."""
@@ -135,11 +144,7 @@ class SchedulerActor(Actor[SchedulerMail]):
                     copy_attempts_failed=mail.failed_attempts,
                 )
             case SetStreamedLimit():
-                schedule.streamed_limit = mail.limit_blocks
-                schedule.least_streamed = mail.least_blocks
-                self._totals = msgspec.structs.replace(
-                    self._totals, governor_cause=mail.cause, governor_reason=mail.reason
-                )
+                self._take_limit(mail)
             case PoolGrown() | PoolShrunk() | ReviewPool():
                 self._size_pool(mail)
             case _:
@@ -154,6 +159,21 @@ class SchedulerActor(Actor[SchedulerMail]):
             case Drain():
                 self._is_draining = True
                 self._schedule.drain()
+
+    def _take_limit(self, mail: SetStreamedLimit) -> None:
+        self._schedule.streamed_limit = mail.limit_blocks
+        self._schedule.least_streamed = mail.least_blocks
+        self._totals = msgspec.structs.replace(
+            self._totals, governor_cause=mail.cause, governor_reason=mail.reason
+        )
+        self._limits.append(
+            LimitChange(
+                at_s=self._now_s(),
+                limit_blocks=mail.limit_blocks,
+                cause=mail.cause,
+                reason=mail.reason,
+            )
+        )
 
     def _size_pool(self, mail: PoolGrown | PoolShrunk | ReviewPool) -> None:
         match mail:
@@ -219,6 +239,7 @@ class SchedulerActor(Actor[SchedulerMail]):
 
     def _settle(self, ran: IterationRan) -> None:
         self._progress_s = self._now_s()
+        self._took_s = ran.compute_s + ran.stall_s
         launched, advances = self._schedule.settle(ran.iteration, ran.sampled, ran.unstaged)
         self._tell(advances, ran.iteration, ran.prompt_logprobs)
         self._add(iterations=1, compute_s=ran.compute_s, stall_s=ran.stall_s)
@@ -313,6 +334,24 @@ class SchedulerActor(Actor[SchedulerMail]):
             expansion_ratio=(device + residency.num_streamed) / device,
             **asdict(schedule.counts),
         )
+
+    def view(self, layout: KvLayout, stats: EngineStats, spans: Iterable[Span]) -> EngineView:
+        """What somebody who looks sees; costs under a millisecond."""
+        schedule = self._schedule
+        return EngineView(
+            now_s=self._now_s(),
+            stats=stats,
+            memory=memory_map(schedule, layout, progress=self._progress()),
+            sequences=tuple(sequence_views(schedule)),
+            limits=tuple(self._limits),
+            spans=tuple(spans),
+        )
+
+    def _progress(self) -> float | None:
+        in_flight = self._schedule.in_flight
+        if not in_flight or not in_flight[0].is_staged or not self._took_s:
+            return None
+        return min(1.0, self._pending_s() / self._took_s)
 
     def _pending_s(self) -> float:
         if not self._schedule.in_flight:

@@ -12,6 +12,7 @@ from pie_async.api.handlers import Handlers, Limits
 from pie_async.api.hosts import ANY_HOST, AllowedHosts
 from pie_async.api.in_flight import InFlight
 from pie_async.api.middlewares import (
+    PAGE_ROUTE,
     UNGUARDED_ROUTE,
     errors_as_json,
     expect_body,
@@ -20,6 +21,7 @@ from pie_async.api.middlewares import (
     require_known_host,
 )
 from pie_async.api.prometheus import ServerMetrics
+from pie_async.api.watching import Watching
 from pie_async.openai.backend import Backend
 from pie_async.openai.service import OpenAIService
 
@@ -48,7 +50,8 @@ def create_app(
 
     Args:
         served_model_name: what clients call the model; the engine's name for it if None.
-        api_keys: if any, all routes but /health ask for one of them as a bearer token.
+        api_keys: if any, all routes but /health and the page at / ask for one of them as a
+            bearer token.
         allowed_hosts: names that requests may be sent to; None: any, for whoever mounts or
             forwards to this knows better.
         max_body_bytes: larger request bodies are refused with status 413.
@@ -67,6 +70,7 @@ def create_app(
         stall_timeout_s=stall_timeout_s,
     )
     handlers = Handlers(engine, service, in_flight, limits)
+    watching = Watching(engine, stall_timeout_s=stall_timeout_s)
 
     app = web.Application(
         middlewares=[
@@ -87,10 +91,18 @@ def create_app(
             web.get("/metrics", make_aiohttp_handler(metrics.registry)),
             web.get("/version", handlers.version),
             web.get("/openapi.json", handlers.openapi),
+            web.get("/", watching.page, name=PAGE_ROUTE),
+            web.get("/view", watching.view),
+            web.get("/trace", watching.trace),
         ]
     )
     app.on_response_prepare.append(name_response)
     app.on_shutdown.append(_end_answers)
+
+    async def end_watching(_app: web.Application) -> None:
+        watching.feed.close()
+
+    app.on_shutdown.append(end_watching)
     return app
 
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Protocol
 
+from pie_async.live.timeline import Timeline
+from pie_async.live.view import EngineView
 from pie_async.metrics import EngineStats
 from pie_async.outputs import RequestOutput
 from pie_async.sampling_params import SamplingParams
@@ -65,6 +67,14 @@ class Backend(Protocol):
     def tokenizer(self) -> TextDecoder: ...
 
     def stats(self) -> EngineStats: ...
+
+    async def look(self, *, since_s: float = ...) -> EngineView:
+        """See `Engine`."""
+        ...
+
+    async def timeline(self, *, last_iterations: int = ...) -> Timeline:
+        """See `Engine`."""
+        ...
 
     async def submit(
         self,
