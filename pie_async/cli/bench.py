@@ -115,7 +115,7 @@ def bench(
     ] = None,
     api_key: Annotated[
         str | None,
-        typer.Option(metavar="KEY", envvar="PIE_API_KEY", show_envvar=False,
+        typer.Option(metavar="KEY", envvar="PIE_ASYNC_API_KEY", show_envvar=False,
                      rich_help_panel=_LOAD, help="The server's key."),
     ] = None,
     workload: Annotated[

@@ -17,11 +17,12 @@ if TYPE_CHECKING:
     from pie_async.resilience.engine import ResilientEngine
     from pie_async.runtime.faults import FaultPlan
 
+T = TypeVar("T")
 E = TypeVar("E", "Engine", "ResilientEngine")
 
 
-def run_async(main: Coroutine[Any, Any, int]) -> int:
-    """Run a command on uvloop."""
+def run_async(main: Coroutine[Any, Any, T]) -> T:
+    """Run a command, or a part of one, on uvloop."""
     import uvloop
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from pie_async.__main__ import main
-from pie_async.cli.options import FLAGS
+from pie_async.cli.options import SETTINGS
 from pie_async.hardware import read_hardware, usable_bytes
 
 pytestmark = pytest.mark.realtime  # the commands start loops of their own
@@ -19,7 +19,7 @@ SIM = ["--device", "sim", "--device-kv", "64MiB", "--host-pool", "1GiB", "tiny"]
 def plain_terminal(monkeypatch):
     monkeypatch.setenv("COLUMNS", "100")
     monkeypatch.setenv("NO_COLOR", "1")
-    for flag in FLAGS.values():
+    for flag in SETTINGS.values():
         monkeypatch.delenv(flag.variable, raising=False)
 
 
@@ -52,15 +52,6 @@ def test_chat_answers_a_message_with_another_text_than_plain_completion(capsys):
     chat = generated(capsys, "--chat", "-p", "Who goes there?", "--temperature", "0")
     assert chat.strip()
     assert chat != plain
-
-
-def test_a_conversation_ends_with_its_input(capsys, monkeypatch):
-    class Terminal(io.StringIO):
-        def isatty(self):
-            return True
-
-    monkeypatch.setattr(sys, "stdin", Terminal("Who goes there?\n\nAnd who are you?\n"))
-    assert len(generated(capsys, "--chat").split()) > 4
 
 
 def test_bench_writes_a_table_and_json_that_agree(capsys, tmp_path):
