@@ -101,6 +101,10 @@ def run(arguments: Sequence[str]) -> int:
         "",
         "0",
     )
+    if _meant(arguments) == "bench":
+        from pie_async.cli.bench import with_kind
+
+        arguments = with_kind(arguments)
     try:
         status = build(arguments)(args=list(arguments), prog_name=PROGRAM, standalone_mode=False)
     except typer.Exit as end:

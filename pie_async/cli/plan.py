@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import msgspec
 
 from pie_async.assembly.loading import read_model, refuse_quantization, served_name
-from pie_async.assembly.on_sim import SIM_MODEL, SIM_POSITIONS
+from pie_async.assembly.on_sim import SIM_POSITIONS
 from pie_async.assembly.sizing import (
     FEWEST_DEVICE_SLOTS,
     compute_dtype,
@@ -17,7 +17,6 @@ from pie_async.assembly.sizing import (
     model_layout,
 )
 from pie_async.config import (
-    BUILTIN_MODEL,
     DEVICE_KV_BYTES,
     GIB,
     MIB,
@@ -201,10 +200,9 @@ def _model_shape(config: EngineConfig) -> _Shape:
 
 
 def _sim_shape(config: EngineConfig) -> _Shape:
-    from pie_async.device.cost_model import shape_named
+    from pie_async.assembly.on_sim import sim_shape
 
-    name = SIM_MODEL if config.model == BUILTIN_MODEL else config.model
-    shape = shape_named(name)
+    name, shape = sim_shape(config.model)
     return _Shape(
         name=name,
         family="simulated",

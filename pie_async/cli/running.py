@@ -29,7 +29,7 @@ def run_async(main: Coroutine[Any, Any, T]) -> T:
         return runner.run(main)
 
 
-def run_in_virtual_time(main: Coroutine[Any, Any, int]) -> int:
+def run_in_virtual_time(main: Coroutine[Any, Any, T]) -> T:
     """Run a command on a clock that jumps: for the simulated device."""
     from pie_async.runtime.virtual_time import VirtualTimeLoop
 
