@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 from aiohttp import web
 from prometheus_client.aiohttp import make_aiohttp_handler
@@ -21,6 +22,8 @@ from pie_async.api.middlewares import (
     require_known_host,
 )
 from pie_async.api.prometheus import ServerMetrics
+from pie_async.api.tracing import SpanSink, trace_requests
+from pie_async.api.vllm_names import with_vllm_names
 from pie_async.api.watching import Watching
 from pie_async.openai.backend import Backend
 from pie_async.openai.service import OpenAIService
@@ -40,6 +43,8 @@ def create_app(
     body_timeout_s: float = 60.0,
     keepalive_s: float = 10.0,
     stall_timeout_s: float = 60.0,
+    vllm_metrics: bool = False,
+    tracer: Any = None,
 ) -> web.Application:
     """OpenAI's API over a started engine, to run alone or mounted in another application.
 
@@ -58,11 +63,17 @@ def create_app(
         body_timeout_s: how long a request's body may take.
         keepalive_s: longest silence of a stream before a comment is sent.
         stall_timeout_s: how long a client may take nothing of its stream before it is cut off.
+        vllm_metrics: have /metrics under vLLM's names too.
+        tracer: OpenTelemetry's, to get a span for each request; None: no spans.
     """
     metrics = ServerMetrics(engine)
     in_flight = InFlight()
+    model = served_model_name or engine.model.name
     service = OpenAIService(
-        engine, served_model_name=served_model_name, keepalive_s=keepalive_s, sink=metrics
+        engine,
+        served_model_name=served_model_name,
+        keepalive_s=keepalive_s,
+        sink=metrics if tracer is None else SpanSink(metrics),
     )
     limits = Limits(
         max_body_bytes=max_body_bytes,
@@ -77,9 +88,13 @@ def create_app(
             errors_as_json(metrics),
             require_known_host(allowed_hosts or AllowedHosts([ANY_HOST])),
             require_api_key(ApiKeys.of(api_keys)),
+            *([] if tracer is None else [trace_requests(tracer, model)]),
         ]
     )
     app[IN_FLIGHT] = in_flight
+    registry = metrics.registry
+    if vllm_metrics:
+        registry = with_vllm_names(registry, model)
     app.add_routes(
         [
             web.post("/v1/chat/completions", handlers.chat, expect_handler=expect_body),
@@ -88,7 +103,7 @@ def create_app(
             web.get("/v1/models/{model:.+}", handlers.model),
             web.get("/health", handlers.health, name=UNGUARDED_ROUTE),
             web.get("/ready", handlers.ready),
-            web.get("/metrics", make_aiohttp_handler(metrics.registry)),
+            web.get("/metrics", make_aiohttp_handler(registry)),
             web.get("/version", handlers.version),
             web.get("/openapi.json", handlers.openapi),
             web.get("/", watching.page, name=PAGE_ROUTE),

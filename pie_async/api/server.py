@@ -9,6 +9,7 @@ import signal
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from aiohttp import web
 
@@ -37,6 +38,8 @@ async def serve(
     allowed_hosts: Iterable[str] = (),
     max_body_bytes: int = DEFAULT_MAX_BODY_BYTES,
     max_connections: int = DEFAULT_MAX_CONNECTIONS,
+    vllm_metrics: bool = False,
+    tracer: Any = None,
     shutdown_timeout_s: float = 30.0,
     on_ready: Callable[[str], None] | None = None,
 ) -> None:
@@ -52,6 +55,7 @@ async def serve(
             see `AllowedHosts`. With none given and API keys, or at a path, any name does: no web
             page knows a key, or reaches a path.
         max_connections: further ones are refused.
+        vllm_metrics, tracer: as for `create_app`.
         on_ready: called with the server's URL once it accepts connections; port 0 picks a
             free port, which the URL tells.
 
@@ -65,6 +69,8 @@ async def serve(
         api_keys=api_keys,
         allowed_hosts=_hosts(allowed_hosts, is_open=uds is None and not api_keys),
         max_body_bytes=max_body_bytes,
+        vllm_metrics=vllm_metrics,
+        tracer=tracer,
     )
     in_flight = app[IN_FLIGHT]
     runner = web.AppRunner(

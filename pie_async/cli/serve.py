@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pie_async.cli.options import MODEL, size, with_engine_flags
+from pie_async.cli.options import MODEL, one_of, size, with_engine_flags
 from pie_async.cli.running import messages, run_async, started, starting
 from pie_async.config import BUILTIN_MODEL, EngineConfig
 from pie_async.errors import ConfigError
@@ -75,6 +75,17 @@ def serve(
         typer.Option(min=0.0, metavar="SECONDS", rich_help_panel=_PANEL,
                      help="How long requests may go on after a signal to stop."),
     ] = 30.0,
+    metrics_compat: Annotated[
+        str | None,
+        typer.Option(parser=one_of("vllm"), metavar="vllm", rich_help_panel=_PANEL,
+                     help="Have /metrics under vLLM's names too."),
+    ] = None,
+    otel: Annotated[
+        bool,
+        typer.Option("--otel", rich_help_panel=_PANEL,
+                     help="Send a span for each request to OTEL_EXPORTER_OTLP_ENDPOINT (extra "
+                          "otel)."),
+    ] = False,
     in_process: Annotated[
         bool,
         typer.Option("--in-process", rich_help_panel=_PANEL,
@@ -101,6 +112,11 @@ def serve(
     from pie_async.cli.plan import memory_plan, memory_warning, plan_lines
 
     keys = ApiKeys(_read_keys(api_key_file))  # in clear no longer than this takes
+    tracer = None
+    if otel:
+        from pie_async.api.tracing import tracer_from_environment
+
+        tracer = tracer_from_environment()
     plan_of_faults = _read_faults(faults, is_allowed=allow_faults)
     console = messages()
     plan = memory_plan(engine)
@@ -125,6 +141,8 @@ def serve(
                 allowed_hosts=allowed_host or (),
                 max_connections=max_connections,
                 max_body_bytes=int(max_body),
+                vllm_metrics=metrics_compat == "vllm",
+                tracer=tracer,
                 shutdown_timeout_s=shutdown_timeout,
                 on_ready=_announcer(served_model_name or running.model.name),
             )
