@@ -119,6 +119,11 @@ def test_doctor_tells_hardware_copies_and_plan(capsys):
     assert "GPU: " in out
     assert "GB/s" in out
     assert "device arena 2.0 MiB: 21 blocks, 336 tokens" in out
+    # a ring of 2 of 4 groups, for as many blocks as the pool has
+    assert (
+        "in all: weights 20.9 MiB, KV 2.0 MiB, staging up to 21.3 MiB, pool up to 32.0 MiB" in out
+    )
+    assert "of memory to spare" in out
 
 
 def test_doctor_json_holds_the_same_plan_that_the_engine_makes(capsys):
