@@ -101,6 +101,7 @@ def run(arguments: Sequence[str]) -> int:
         "",
         "0",
     )
+    _forget_service_links()
     if _meant(arguments) == "bench":
         from pie_async.cli.bench import with_kind
 
@@ -120,6 +121,12 @@ def run(arguments: Sequence[str]) -> int:
             raise
         return _tell(error)
     return status if isinstance(status, int) else 0
+
+
+def _forget_service_links() -> None:
+    """Kubernetes tells a pod of a service named pie-async by this variable, and means no port."""
+    if os.environ.get(variable_of("port"), "").startswith("tcp://"):
+        del os.environ[variable_of("port")]
 
 
 @runtime_checkable

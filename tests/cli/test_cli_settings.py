@@ -145,3 +145,12 @@ def test_the_shell_completes_commands_flags_and_words(line, offered, monkeypatch
              "COMP_WORDS": line, "COMP_CWORD": str(len(line.split(" ")) - 1)},
     )  # fmt: skip
     assert offered <= set(done.stdout.split()), done.stderr
+
+
+def test_a_kubernetes_service_of_this_name_is_no_port(monkeypatch, capsys):
+    monkeypatch.setenv("PIE_ASYNC_PORT", "tcp://10.0.0.1:8000")
+    assert main(["serve", "--api-key-file", "missing.txt"]) == 2
+    assert "missing.txt" in capsys.readouterr().err
+    monkeypatch.setenv("PIE_ASYNC_PORT", "eight")
+    assert main(["serve", "--api-key-file", "missing.txt"]) == 2
+    assert "--port" in capsys.readouterr().err
