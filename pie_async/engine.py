@@ -414,7 +414,7 @@ class Engine:
         )
 
     async def look(self, *, since_s: float = math.inf) -> EngineView:
-        """What it is doing now, for people. Looking costs under a millisecond; not looking nothing.
+        """What it is doing now, for people; costs a millisecond or two, and not looking nothing.
 
         Args:
             since_s: tell of what the streams did after this time of the engine's clock
@@ -425,8 +425,9 @@ class Engine:
         """
         actors, layout = self._running_actors(), self.layout
         assert self.story is not None
-        spans = recent_spans(self.story, since_s=since_s)
-        view = actors.scheduler.view(layout, self.stats(), spans)
+        scheduler = actors.scheduler
+        spans = recent_spans(self.story, since_s=since_s, lookback_s=scheduler.issued_ahead_s)
+        view = scheduler.view(layout, self.stats(), spans)
         return view.named(names_of(self._streams.values()))
 
     async def timeline(self, *, last_iterations: int = 200) -> Timeline:

@@ -335,8 +335,13 @@ class SchedulerActor(Actor[SchedulerMail]):
             **asdict(schedule.counts),
         )
 
+    @property
+    def issued_ahead_s(self) -> float:
+        """How long before its end an iteration is issued, about."""
+        return (self._depth + 1) * self._took_s
+
     def view(self, layout: KvLayout, stats: EngineStats, spans: Iterable[Span]) -> EngineView:
-        """What somebody who looks sees; costs under a millisecond."""
+        """What somebody who looks sees; costs about a millisecond."""
         schedule = self._schedule
         return EngineView(
             now_s=self._now_s(),

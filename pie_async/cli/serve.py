@@ -183,6 +183,8 @@ def _announcer(name: str) -> Callable[[str], None]:
         # scripts wait for this line on standard output
         place = f"{url}/v1" if url.startswith("http") else url
         typer.echo(f"serving {name} at {place} (Ctrl-C stops)")
+        if url.startswith("http"):
+            messages().print(f"to watch it, open {url}/ or run: pie-async top {url}", style="dim")
 
     return announce
 

@@ -21,7 +21,7 @@ from pie_async.config import EngineConfig
 from pie_async.errors import ConfigError
 from pie_async.settings import settings_of
 
-COMMANDS = ("serve", "generate", "chat", "bench", "doctor", "plan", "config")
+COMMANDS = ("serve", "generate", "chat", "bench", "doctor", "config")
 """Those that read a file."""
 
 

@@ -113,8 +113,13 @@ def _iterations_from(spans: Iterable[Span], count: int) -> frozenset[int | None]
     return frozenset(computed[-count:]) if count else frozenset()
 
 
-def recent_spans(story: Story, *, since_s: float, lookback_s: float = 0.5) -> Iterator[Span]:
-    """What ended after `since_s`. Cost: the entries after it and those of `lookback_s` before."""
+def recent_spans(story: Story, *, since_s: float, lookback_s: float) -> Iterator[Span]:
+    """What ended after `since_s`.
+
+    Args:
+        lookback_s: how long before that the iterations that ended since may have been issued.
+            Reading costs about 1 us for each message of all this time.
+    """
     entries = story.since(since_s - lookback_s)
     return (span for span in device_spans(entries) if span.end_s > since_s)
 

@@ -1,7 +1,7 @@
 """A snapshot of one engine for people: memory, sequences, the governor, the last moments.
 
-Made when somebody looks, and bounded: of many blocks it looks at some, so that looking takes well
-under a millisecond of the event loop however large the memories are.
+Made when somebody looks, and bounded: of many blocks it looks at some, so that looking takes a
+millisecond or two of the event loop however large the memories are.
 """
 
 from __future__ import annotations

@@ -112,8 +112,9 @@ class TokenEngine:
 
     def look(self, *, since_s: float) -> EngineView:
         """As `Engine.look`; sequences have no names here."""
-        spans = recent_spans(self._story, since_s=since_s)
-        return self._actors.scheduler.view(self._parts.device.memory.layout, self.stats(), spans)
+        scheduler = self._actors.scheduler
+        spans = recent_spans(self._story, since_s=since_s, lookback_s=scheduler.issued_ahead_s)
+        return scheduler.view(self._parts.device.memory.layout, self.stats(), spans)
 
     def timeline(self, *, last_iterations: int) -> Timeline:
         """As `Engine.timeline`."""

@@ -14,8 +14,9 @@ FLAGS = [
 ]  # fmt: skip
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser() -> Iterator[object]:
+    """Closed with its module: while playwright runs, this thread has an event loop that runs."""
     playwright = pytest.importorskip(
         "playwright.sync_api", reason="no browser test without the extra browser: playwright"
     )
