@@ -273,7 +273,7 @@ def _draw(predictions: Sequence[Prediction], path: Path) -> None:
     """Throughput with and without the pool, the bound above it, and the latency's tail."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(3.2 + 1.6 * len(predictions), 4.2), layout="constrained")
+    figure = Figure(figsize=(4.6 + 1.6 * len(predictions), 4.2), layout="constrained")
     left, right = figure.subplots(1, 2)
     at = range(len(predictions))
     names = [each.place.name for each in predictions]
