@@ -359,11 +359,11 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         setting(
             "--check-copies",
             "switch",
-            "Compare checksums of copied blocks, copy wrong ones again (cpu, sim).",
+            "Compare checksums of copied blocks; what is wrong is copied or computed again.",
         ),
     ] = False
-    """CPU and simulated device: compare the checksum of every copied block; what arrived otherwise
-    is copied again."""
+    """Compare the checksum of every copied block. What arrived otherwise is copied again; on a GPU,
+    where it may be read by then, its sequences are computed again."""
     seed: Annotated[
         int, setting("--seed", "count", "Seeds of requests without one are drawn from it.")
     ] = 0
@@ -413,10 +413,6 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             )
         self._check_gpu()
         self._check_pool()
-        if self.check_copies and self.device == "cuda":
-            raise ConfigError(
-                "check_copies works on the devices cpu and sim, not on cuda", option="check_copies"
-            )
         if not 0 <= self.pool_idle_s < math.inf:
             raise ConfigError(
                 f"pool_idle_s must be at least 0, not {self.pool_idle_s}; 0 keeps the "

@@ -189,6 +189,7 @@ def arm(plan: FaultPlan, *spared: type[Fault], why: str = "") -> Faults:
 
 def _schedule(parts: Parts, config: EngineConfig) -> Schedule:
     memory = parts.device.memory
+    is_exact = config.streamed_blocks is not None or config.itl_limit_s is not None
     return Schedule(
         residency=ResidencyMap(
             device_slots=memory.device_slots,
@@ -204,7 +205,7 @@ def _schedule(parts: Parts, config: EngineConfig) -> Schedule:
         eos_ids=parts.eos_ids,
         shares_prefixes=config.prefix_caching,
         prefix_seed=secrets.token_bytes(32),
-        shrink_tolerance=SHRINK_TOLERANCE if config.itl_limit_s is None else 1.0,
+        shrink_tolerance=1.0 if is_exact else SHRINK_TOLERANCE,
         awaits_pool=memory.first_host_slots < memory.host_slots,
     )
 

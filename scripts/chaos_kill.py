@@ -7,6 +7,9 @@ random lives. Every answer must equal the undisturbed one, token by token and in
 with 1 if one does not, or if a stream ends with an error.
 
     python scripts/chaos_kill.py --kills 100 --streams 32
+    python scripts/chaos_kill.py --kills 20 --set 'device="cuda"' --set 'dtype="float32"'
+
+Other batches round otherwise: in bfloat16 answers may differ without any death.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ import sys
 import time
 from dataclasses import dataclass, field
 
+import msgspec
 import uvloop
 
 from pie_async import EngineConfig, RequestOutput, SamplingParams
@@ -125,7 +129,8 @@ async def kill_again_and_again(
 
 
 async def run(arguments: argparse.Namespace) -> int:
-    config = EngineConfig(cpu_threads=1)
+    fields = {"cpu_threads": 1} | dict(map(setting, arguments.set))
+    config = EngineConfig(**fields)
     policy = RestartPolicy(most_restarts=arguments.kills, first_pause_s=0.01, longest_pause_s=0.05)
     tally = Tally()
     numbers = range(arguments.streams)
@@ -150,6 +155,15 @@ async def run(arguments: argparse.Namespace) -> int:
     return report(arguments, tally)
 
 
+def setting(text: str) -> tuple[str, object]:
+    """An engine option and its value; SystemExit says what it must look like."""
+    name, _, value = text.partition("=")
+    try:
+        return name, msgspec.json.decode(value)
+    except msgspec.DecodeError:
+        raise SystemExit(f"--set {text}: the value must be JSON, as in 'device=\"cuda\"'") from None
+
+
 def report(arguments: argparse.Namespace, tally: Tally) -> int:
     for mistake in (*tally.wrong[:5], *tally.lost[:20]):
         print(mistake)
@@ -172,6 +186,9 @@ def main() -> int:
     parser.add_argument("--streams", type=int, default=32)
     parser.add_argument("--tokens", type=int, default=200, help="output tokens of a request")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="NAME=JSON", help="any engine option"
+    )
     return uvloop.run(run(parser.parse_args()))
 
 

@@ -84,7 +84,9 @@ def test_python_in_documents_compiles_and_imports_what_there_is(path: Path) -> N
         for node in ast.walk(ast.parse(block)):
             if isinstance(node, ast.ImportFrom):
                 module = importlib.import_module(node.module)
-                assert all(hasattr(module, each.name) for each in node.names), node.module
+                for each in node.names:
+                    if not hasattr(module, each.name):
+                        importlib.import_module(f"{node.module}.{each.name}")
 
 
 def test_what_the_api_page_names_exists() -> None:

@@ -176,13 +176,16 @@ class SchedulerActor(Actor[SchedulerMail]):
         )
 
     def _size_pool(self, mail: PoolGrown | PoolShrunk | ReviewPool) -> None:
+        size = self._schedule.residency.pool_size
         match mail:
             case PoolGrown():
                 self._tell(self._schedule.pool_grown(mail), NO_ITERATION)
             case PoolShrunk():
-                self._schedule.residency.pool_size.told(mail.slots, is_all=False)
+                size.told(mail.slots, is_all=False)
+                if self._schedule.is_resting:
+                    self._to.swap_out.post(ResizePool(slots=size.shrink()))
             case ReviewPool():
-                slots = self._schedule.residency.pool_size.review()
+                slots = size.review() if self._schedule.is_resting else size.target
                 self._to.swap_out.post(ResizePool(slots=slots))
 
     # --- planning ---------------------------------------------------------------------------

@@ -37,8 +37,6 @@ def with_faults(parts: Parts, faults: Faults) -> Parts:
 
 
 def _refuse(config: EngineConfig, faults: Faults) -> None:
-    if config.device == "cuda":
-        faults.plan.refuse(CopyCorrupted, why="the CUDA device cannot corrupt a copy")
     if config.exchange:
         why = "with exchange what was staged is written back, right or wrong"
         faults.plan.refuse(CopyFailed, CopyCorrupted, why=why)

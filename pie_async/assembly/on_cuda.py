@@ -125,6 +125,7 @@ def _assemble_on(
         staging_slots=sizes.staging_slots,
         dtype=dtype,
         poisons=config.debug and not config.exchange,
+        checks_copies=config.check_copies,
         in_neighbour=parse_pool(config.pool).peer is not None,
     )
     undo.pop_all()  # the device closes the driver

@@ -41,7 +41,7 @@ what hides behind it, shrinks for seconds; a limit that followed would have more
 Should iterations stay short, stall says so first."""
 STAGING_TRAFFIC = 1.6
 """Bytes of device memory traffic that staging a byte costs, beside attention's reading of it."""
-CUT = 0.9
+CUT = 0.95
 """At most this part of what was streamed when it stalled is allowed again."""
 
 

@@ -1,8 +1,9 @@
 """How many slots the host pool should have: what is in use, room to grow, and no more.
 
 Pinned memory is lost to everybody else on the machine. The pool grows as soon as its free slots
-run short and shrinks once it has needed less for a whole period. Either is done chunk by chunk
-beside everything else, one change at a time, so what the device tells of is never out of date.
+run short, beside everything else, and shrinks once it has needed less for a whole period and
+nothing runs: unpinning holds up the launches of a GPU. Either is done chunk by chunk, one change
+at a time, so what the device tells of is never out of date.
 """
 
 from __future__ import annotations
@@ -83,7 +84,7 @@ class PoolSize:
         return wanted
 
     def review(self) -> int:
-        """A period is over: let go of what it did not need, as far as nothing lies there.
+        """A period is over: let go of what it did not need.
 
         Returns: what the device is to make it.
         """
@@ -91,8 +92,20 @@ class PoolSize:
         if not self.is_changing:
             needed = max(self._peak, pool.num_used)
             pool.resize(min(pool.size, self._wanted(needed)))
-            self.target = min(self.present, self._chunks(max(pool.size, pool.end_used)))
         self._peak = pool.num_used
+        return self.shrink()
+
+    def shrink(self) -> int:
+        """Give one chunk more back of what was let go of, as far as nothing lies there: whoever
+        comes meanwhile waits for no more than that.
+
+        Returns: what the device is to make it.
+        """
+        pool = self._pool
+        if not self.is_changing:
+            least = self._chunks(max(pool.size, pool.end_used))
+            one_less = (self.present - 1) // self._chunk_slots * self._chunk_slots
+            self.target = min(self.present, max(least, one_less))
         return self.target
 
     def _wanted(self, used: int) -> int:

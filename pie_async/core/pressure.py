@@ -89,7 +89,12 @@ def relieve(schedule: Schedule, next_chunk_blocks: int) -> tuple[list[BlockMove]
     wanted += _resume_blocks(schedule) if schedule.parked else _admission_blocks(schedule)
     shortage = wanted - residency.free_device - residency.coming_device
     shortage = max(shortage, schedule.least_streamed - residency.num_streamed)
-    swap_out = _demote(schedule, shortage) if shortage > 0 else []
+    swap_out: list[BlockMove] = []
+    if shortage > 0:
+        # What runs goes on beyond a limit that was lowered; what waits does not start there.
+        urgent = growth - residency.free_device - residency.coming_device
+        swap_out = _demote(schedule, min(shortage, urgent), most_streamed(schedule))
+        swap_out += _demote(schedule, shortage - max(0, urgent), schedule.streamed_limit)
     if shortage > 0 and residency.host.num_free < shortage:
         residency.reclaim_host(shortage)
     swap_in = _resume(schedule) if schedule.parked else []
@@ -124,7 +129,7 @@ def _resume_blocks(schedule: Schedule) -> int:
         return 0
     residency = schedule.residency
     pooled = sum(block.read_slot is None for block in schedule.parked[0].table)
-    stageable = max(0, _streamed_room(schedule, joining=1))
+    stageable = max(0, _streamed_room(schedule, schedule.streamed_limit, joining=1))
     wanted = max(0, pooled - stageable) + len(schedule.running) + 1
     behind = sum(len(seq.table) - seq.demote_from for seq in schedule.parked[1:])
     behind += _paused_resident(schedule)
@@ -136,15 +141,19 @@ def _resume_blocks(schedule: Schedule) -> int:
 # --- leaving the device -------------------------------------------------------------------
 
 
-def _demote(schedule: Schedule, wanted: int) -> list[BlockMove]:
-    """Free up to `wanted` device slots; at once for clean blocks, else when copied."""
+def _demote(schedule: Schedule, wanted: int, limit: int) -> list[BlockMove]:
+    """Free up to `wanted` device slots; at once for clean blocks, else when copied.
+
+    Args:
+        limit: blocks that may be streamed then.
+    """
     residency = schedule.residency
     moves: list[BlockMove] = []
     for block in _leavers(schedule):
         if wanted <= 0:
             break
         is_streamed = is_read_by_running(block)
-        if is_streamed and not block.is_streamed and _streamed_room(schedule) <= 0:
+        if is_streamed and not block.is_streamed and _streamed_room(schedule, limit) <= 0:
             break
         if not residency.can_demote(block, is_streamed=is_streamed):
             continue
@@ -155,7 +164,12 @@ def _demote(schedule: Schedule, wanted: int) -> list[BlockMove]:
     return moves
 
 
-def _streamed_room(schedule: Schedule, *, joining: int = 0) -> int:
+def most_streamed(schedule: Schedule) -> int:
+    """Blocks up to which sequences that run already may stream more."""
+    return int(schedule.streamed_limit * schedule.shrink_tolerance)
+
+
+def _streamed_room(schedule: Schedule, limit: int, *, joining: int = 0) -> int:
     """How many more blocks may be streamed, once `joining` parked sequences have come back.
 
     A sequence alone may use everything: what the memories together can hold is never refused,
@@ -164,7 +178,7 @@ def _streamed_room(schedule: Schedule, *, joining: int = 0) -> int:
     residency = schedule.residency
     if len(schedule.running) + len(schedule.resuming) + joining <= 1:
         return residency.staging.num_free
-    return schedule.streamed_limit - residency.num_streamed
+    return limit - residency.num_streamed
 
 
 def _leavers(schedule: Schedule) -> Iterator[Block]:
@@ -242,8 +256,7 @@ def _drop_last_parked(schedule: Schedule) -> None:
 
 def _is_over_limit(schedule: Schedule) -> bool:
     """Whether more is streamed than may be."""
-    most = schedule.streamed_limit * schedule.shrink_tolerance + 1
-    return schedule.residency.num_streamed > most
+    return schedule.residency.num_streamed > most_streamed(schedule) + 1
 
 
 def _shrink(schedule: Schedule) -> bool:
@@ -271,7 +284,9 @@ def _resume(schedule: Schedule) -> list[BlockMove]:
     pooled = [block for block in seq.table if block.read_slot is None]
     reserve = len(schedule.running) + 1
     free = residency.free_device - reserve
-    stageable = min(_streamed_room(schedule, joining=1), residency.staging.num_free)
+    stageable = min(
+        _streamed_room(schedule, schedule.streamed_limit, joining=1), residency.staging.num_free
+    )
     if free + max(0, stageable) < len(pooled):
         if is_alone:
             _make_way(schedule)

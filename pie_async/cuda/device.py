@@ -18,6 +18,7 @@ import torch
 
 from pie_async.core.layout import KvLayout
 from pie_async.cuda.block_copy import to_device, to_host
+from pie_async.cuda.checksums import Checksums
 from pie_async.cuda.event_waiter import EventWaiter
 from pie_async.cuda.host_arena import CHUNK_BYTES, HostArena
 from pie_async.cuda.peer_arena import PeerArena
@@ -97,6 +98,7 @@ class CudaDevice:
         staging_slots: int,
         dtype: torch.dtype,
         poisons: bool = False,
+        checks_copies: bool = False,
         chunk_bytes: int = CHUNK_BYTES,
         in_neighbour: bool = False,
     ) -> None:
@@ -107,6 +109,8 @@ class CudaDevice:
             staging_slots: most blocks that one iteration may stream.
             dtype: of the KV.
             poisons: overwrite staging buffers with NaN once they have been read.
+            checks_copies: compare checksums of blocks that come from the pool with those of what
+                went there. Wrong ones are told of, not copied again: by then they may be read.
             chunk_bytes: that the host pool is pinned in.
             in_neighbour: the pool lies in the GPU that the driver has opened beside this one.
 
@@ -142,6 +146,9 @@ class CudaDevice:
             stream: EventWaiter(stream, driver) for stream in (self.compute, self.h2d, self.d2h)
         }
         self._poisons = poisons
+        self._checksums = (
+            Checksums(self.arena.layers, host_slots=host_slots) if checks_copies else None
+        )
         self.tamper: Tamper | None = None
         self._runner: Runner | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -237,12 +244,20 @@ class CudaDevice:
         if stream.fault is not None:
             return
         for _ in stream.attempts.numbers():
-            if self.tamper is None or self.tamper(kind) == "arrives":
+            outcome = "arrives" if self.tamper is None else self.tamper(kind)
+            if outcome != "fails":
                 break
         else:
             stream.attempts.give_up(host_slots_of(runs))
             return
-        self._issue(stream, to_host if kind == "demote" else to_device, layers, runs)
+        find: FindCopies = to_host if kind == "demote" else to_device
+        if outcome == "corrupted":
+            find = _shifted(find, self.memory.layout.item_bytes)
+        if kind == "demote":
+            self._check(stream, lambda sums: sums.remember(layers, runs))
+        self._issue(stream, find, layers, runs)
+        if kind != "demote":
+            self._check(stream, lambda sums: self._compare(sums, stream, layers, runs))
 
     def _issue(
         self, stream: CudaStream, find: FindCopies, layers: range, runs: Sequence[CopyRun]
@@ -254,6 +269,23 @@ class CudaDevice:
             self._driver.copy(find(self._pool, self.arena, layers, runs), stream.handle)
         except Exception as error:  # surfaces at the next event
             stream.fail(error)
+
+    def _check(self, stream: CudaStream, work: Callable[[Checksums], None]) -> None:
+        """Issue work with checksums to the stream of a copy, if they are wanted."""
+        if self._checksums is None or stream.fault is not None:
+            return
+        stream.note_work()
+        try:
+            with self._driver.torch_on(stream.handle), torch.inference_mode():
+                work(self._checksums)
+        except Exception as error:  # surfaces at the next event
+            stream.fail(error)
+
+    def _compare(
+        self, sums: Checksums, stream: CudaStream, layers: range, runs: Sequence[CopyRun]
+    ) -> None:
+        for slots, is_wrong in sums.compare(layers, runs):
+            stream.attempts.will_tell(slots, is_wrong)
 
     # --- completions ------------------------------------------------------------------------
 
@@ -300,14 +332,30 @@ class CudaDevice:
         self._driver.enter_thread()
         for stream in self._waiters:
             self._driver.synchronize_stream(stream.handle)
-            # torch may still hold memory that it used on the compute stream.
-            stream.close(is_kept=stream is self.compute)
+            # torch may still hold memory that it used on a stream, and pinned memory is given
+            # back with an event on it: destroyed, that would be the end of the process.
+            stream.close(is_kept=stream is self.compute or self._checksums is not None)
         if self._runner is not None:
             self._runner.close()
             self._runner = None
+        self._checksums = None
         self._pool.close()
         self.arena.close()
         self._driver.close()
+
+
+def _shifted(find: FindCopies, item_bytes: int) -> FindCopies:
+    """Copies the first of which arrives shifted by one number: all of it wrong, and finite."""
+
+    def found(
+        pool: PoolArena, arena: DeviceArena, layers: range, runs: Sequence[CopyRun]
+    ) -> Copies:
+        copies = find(pool, arena, layers, runs)
+        copies[0, 0] += item_bytes
+        copies[2, 0] -= item_bytes
+        return copies
+
+    return found
 
 
 def _model_pass(forward: Pass) -> Results:

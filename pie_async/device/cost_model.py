@@ -1,8 +1,8 @@
 """What an iteration and a copy cost on named hardware, and what pooling can gain there.
 
-A roofline with three measured corrections (H200, Llama-3.1-8B shape, batch 64, context
-1,024: 7.25 ms where the roofline says 5.6): a share of the roofline that kernels reach, a
-fixed cost per layer, and the HBM traffic of staging beside compute.
+A roofline with corrections that were measured on an H200 with everything resident: the shares of
+the memory's rate and of the matrix peak that kernels reach, a fixed cost per layer, and what
+staging costs the layers beside it. Errors against what was measured: docs/simulation.md.
 """
 
 from __future__ import annotations
@@ -17,6 +17,9 @@ import msgspec
 from pie_async.config import GIB
 from pie_async.errors import ConfigError
 
+OVERLAP = 3
+"""Exponent of the norm that adds up what partly hides each other; without end: the longer one."""
+
 
 class Gpu(msgspec.Struct, frozen=True, kw_only=True):
     """A GPU as seen by a roofline."""
@@ -27,14 +30,18 @@ class Gpu(msgspec.Struct, frozen=True, kw_only=True):
     """What a large copy reaches, read plus write; below the data sheet."""
     flops_per_s: Mapping[int, float]
     """Dense matrix peak by bytes per weight: 1, 2 and 4 (TF32)."""
-    efficiency: float = 0.8
-    """Share of the roofline that kernels reach."""
+    efficiency: float = 0.91
+    """Share of the memory's rate at which products of few rows read the weights."""
+    attention_efficiency: float = 0.8
+    """Share of it at which attention reads KV, and whatever works element by element."""
+    product_efficiency: float = 0.72
+    """Share of the matrix peak that products of many rows reach."""
+    prefill_attention_efficiency: float = 0.355
+    """The same of attention among many tokens."""
     layer_overhead_s: float = 6e-6
     """Per layer: kernel boundaries and a graph launch."""
     iteration_overhead_s: float = 50e-6
     """Per iteration: embedding, sampling, tokens to the host."""
-    staging_traffic: float = 1.6
-    """HBM bytes a staged byte costs compute beside it: its write, and interference."""
 
 
 class Link(msgspec.Struct, frozen=True, kw_only=True):
@@ -46,6 +53,9 @@ class Link(msgspec.Struct, frozen=True, kw_only=True):
     """Fixed cost of one copy command."""
     run_s: float
     """Cost of every contiguous run in a copy; what makes small blocks slow."""
+    staging_traffic: float = 2.0
+    """Memory traffic of the GPU that a staged byte costs compute beside it, in bytes: its write,
+    and what writes that trickle in from the link cost beyond that."""
 
 
 class ModelShape(msgspec.Struct, frozen=True, kw_only=True):
@@ -73,6 +83,13 @@ class ModelShape(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def head_parameters(self) -> int:
         return self.hidden_size * self.vocab_size
+
+    @property
+    def token_layer_activation_bytes(self) -> int:
+        """What one layer's kernels other than products and attention read and write of a token:
+        norms, rotation, activation, residuals."""
+        wide = (3 if self.is_gated else 2) * self.intermediate_size
+        return 2 * (10 * self.hidden_size + wide)
 
     @property
     def weight_bytes(self) -> int:
@@ -112,19 +129,25 @@ class CostModel(msgspec.Struct, frozen=True, kw_only=True):
     def layer_s(self, work: Work, staged_bytes: int = 0) -> float:
         """One layer of an iteration, while `staged_bytes` of KV are copied in for one."""
         gpu, shape = self.gpu, self.shape
-        peak = gpu.flops_per_s[shape.weight_item_bytes]
+        rate = gpu.attention_efficiency * gpu.hbm_bytes_per_s
+        flops_per_s = gpu.prefill_attention_efficiency * gpu.flops_per_s[shape.weight_item_bytes]
         matrices_s = self._matrix_s(shape.layer_parameters, work.fed_tokens)
         attention_s = max(
-            work.read_tokens * shape.token_layer_kv_bytes / gpu.hbm_bytes_per_s,
-            4 * work.attended_tokens * shape.num_heads * shape.head_dim / peak,
+            work.read_tokens * shape.token_layer_kv_bytes / rate,
+            4 * work.attended_tokens * shape.num_heads * shape.head_dim / flops_per_s,
         )
-        staging_s = gpu.staging_traffic * staged_bytes / gpu.hbm_bytes_per_s
-        return (matrices_s + attention_s + staging_s) / gpu.efficiency + gpu.layer_overhead_s
+        others_s = work.fed_tokens * shape.token_layer_activation_bytes / rate
+        staging_s = self.staging_s(staged_bytes)
+        return matrices_s + attention_s + others_s + staging_s + gpu.layer_overhead_s
+
+    def staging_s(self, num_bytes: int) -> float:
+        """By how much compute takes longer while so many bytes are staged."""
+        return self.link.staging_traffic * num_bytes / self.gpu.hbm_bytes_per_s
 
     def head_s(self, work: Work) -> float:
         """The output head, sampling, and everything else that an iteration has once."""
         head_s = self._matrix_s(self.shape.head_parameters, work.sampled_rows)
-        return head_s / self.gpu.efficiency + self.gpu.iteration_overhead_s
+        return head_s + self.gpu.iteration_overhead_s
 
     def iteration_s(self, work: Work, staged_bytes: int = 0) -> float:
         """A whole iteration that never waits; `staged_bytes` over all layers."""
@@ -142,14 +165,15 @@ class CostModel(msgspec.Struct, frozen=True, kw_only=True):
         return (self.shape.weight_bytes + kv_bytes) / self.gpu.hbm_bytes_per_s
 
     def _matrix_s(self, parameters: int, tokens: int) -> float:
-        """A matrix product of `tokens` rows: reading the weights, or multiplying them."""
+        """A matrix product of `tokens` rows: reading the weights, or multiplying them. Where both
+        take as long, neither hides the other quite."""
         if not tokens:
             return 0.0
-        item_bytes = self.shape.weight_item_bytes
-        return max(
-            parameters * item_bytes / self.gpu.hbm_bytes_per_s,
-            2 * parameters * tokens / self.gpu.flops_per_s[item_bytes],
-        )
+        gpu, item_bytes = self.gpu, self.shape.weight_item_bytes
+        reading_s = parameters * item_bytes / (gpu.efficiency * gpu.hbm_bytes_per_s)
+        peak = gpu.product_efficiency * gpu.flops_per_s[item_bytes]
+        multiplying_s = 2 * parameters * tokens / peak
+        return float((reading_s**OVERLAP + multiplying_s**OVERLAP) ** (1 / OVERLAP))
 
 
 class PoolingBound(msgspec.Struct, frozen=True):
@@ -246,9 +270,15 @@ LINKS: Mapping[str, Link] = {
         # measured: 55.4 GB/s contiguous; batched 64 KiB blocks 38 GB/s, 1 MiB blocks 53
         Link(name="pcie5", bytes_per_s=55.4e9, latency_s=4e-6, run_s=0.55e-6),
         # measured between two H200s; batched 64 KiB blocks 78 GB/s, 256 KiB blocks 196
-        Link(name="nvlink", bytes_per_s=393e9, latency_s=4e-6, run_s=0.65e-6),
+        Link(name="nvlink", bytes_per_s=393e9, latency_s=4e-6, run_s=0.65e-6, staging_traffic=1.15),
         # published for GH200: 377-419 GB/s to the GPU
-        Link(name="nvlink-c2c", bytes_per_s=400e9, latency_s=4e-6, run_s=0.65e-6),
+        Link(
+            name="nvlink-c2c",
+            bytes_per_s=400e9,
+            latency_s=4e-6,
+            run_s=0.65e-6,
+            staging_traffic=1.15,
+        ),
     )
 }
 

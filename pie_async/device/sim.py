@@ -334,8 +334,8 @@ class SimDevice:
         """See `Device`. Reading what is copied slows the layers beside it; that the link is slower
         with both directions busy (52 instead of 55.4 GB/s on PCIe 5) does not count."""
         self._require_pooled(run.host_slot + run.count for run in runs)
-        gpu, num_bytes = self.cost.gpu, self._staged[1] * len(layers)
-        self._compute.work(num_bytes / gpu.hbm_bytes_per_s / gpu.efficiency)
+        num_bytes = self._staged[1] * len(layers)
+        self._compute.work(num_bytes / self.cost.gpu.hbm_bytes_per_s)
         start_s = self._d2h.free_at_s
         if runs:
             self._d2h.work(self.cost.copy_s(num_bytes, len(runs)))
@@ -418,9 +418,8 @@ class SimDevice:
 
     def _measure_staging(self, runs: Sequence[CopyRun]) -> None:
         num_bytes = sum(run.count for run in runs) * self._memory.layout.layer_block_bytes
-        gpu = self.cost.gpu
         self._staged = (runs, num_bytes)
-        self._staging_s = gpu.staging_traffic * num_bytes / gpu.hbm_bytes_per_s / gpu.efficiency
+        self._staging_s = self.cost.staging_s(num_bytes)
 
     def _move(self, stream: SimStream, moves: Sequence[BlockMove]) -> None:
         if not moves:
@@ -434,7 +433,7 @@ class SimDevice:
         if self.tamper is not None:
             outcome = self._attempt(stream, "demote" if is_demotion else "promote", copy_s)
             if outcome == "fails":
-                stream.attempts.give_up(move.host_slot for move in moves)
+                stream.attempts.give_up([move.host_slot for move in moves])
                 return
         start_s = stream.free_at_s
         stream.work(copy_s)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import random
 import selectors
 from collections import deque
@@ -44,9 +45,18 @@ class VirtualTimeLoop(asyncio.SelectorEventLoop):
         self._poll = selector.select
         super().__init__(selector)
         selector.select = self._select  # type: ignore[method-assign]
-        self._clock_resolution = 1e-9
         if order_seed is not None:
             self._ready: deque[asyncio.Handle] = _AnyOrder(random.Random(order_seed))
+
+    @property
+    def _clock_resolution(self) -> float:
+        """By which asyncio lets timers ring early: not at all. What a device says will be there
+        then is not there a nanosecond before."""
+        return math.ulp(self._now_s)
+
+    @_clock_resolution.setter
+    def _clock_resolution(self, _: float) -> None:
+        """asyncio sets what the real clock has."""
 
     def time(self) -> float:
         """Virtual seconds since the loop was made."""

@@ -9,6 +9,15 @@ from pie_async.core.pool_size import PoolSize
 from pie_async.core.slots import SlotPool
 
 
+def shrink_all(size: PoolSize) -> int:
+    """Review, and give chunk after chunk back, as a device that does it at once."""
+    size.review()
+    while size.is_changing:
+        size.told(size.target, is_all=False)
+        size.shrink()
+    return size.present
+
+
 def test_a_pool_that_was_not_needed_for_a_period_keeps_one_chunk():
     pool = SlotPool("host", 40)
     size = PoolSize(pool, ceiling=40, chunk_slots=10)
@@ -18,7 +27,13 @@ def test_a_pool_that_was_not_needed_for_a_period_keeps_one_chunk():
         pool.give_back(slot)
     assert size.review() == 30, "the period needed 15 and a chunk more"
     assert not size.told(30, is_all=False)
-    assert size.review() == 10
+    assert size.shrink() == 30, "no more was let go of"
+    assert (size.review(), pool.size) == (20, 10), "one chunk at a time"
+    assert size.shrink() == 20, "it is at it"
+    size.told(20, is_all=False)
+    assert size.shrink() == 10
+    size.told(10, is_all=False)
+    assert size.shrink() == 10
     assert (pool.size, size.growable) == (10, 30)
 
 
@@ -30,7 +45,7 @@ def test_slots_in_use_at_the_end_are_not_given_back_but_not_handed_out_again():
     assert [pool.take(is_highest=True) for _ in range(2)] == [19, 18]
     pool.give_back(last)
     size.review()
-    assert size.review() == 20
+    assert shrink_all(size) == 20
 
 
 def test_it_grows_when_free_slots_run_short_and_not_while_it_is_at_it():
@@ -41,8 +56,7 @@ def test_it_grows_when_free_slots_run_short_and_not_while_it_is_at_it():
 
     size = PoolSize(pool, ceiling=40, chunk_slots=10)
     size.told(40, is_all=True)
-    size.review()
-    size.told(10, is_all=False)
+    shrink_all(size)
     pool.take()
     assert size.is_short and size.grow() == 20
     assert size.grow() is None and size.is_changing
@@ -53,8 +67,7 @@ def test_it_grows_when_free_slots_run_short_and_not_while_it_is_at_it():
 def test_a_refusal_while_it_grows_is_its_new_ceiling():
     pool = SlotPool("host", 40)
     size = PoolSize(pool, ceiling=40, chunk_slots=10)
-    size.review()
-    size.told(10, is_all=False)
+    shrink_all(size)
     pool.take()
     size.grow()
     assert not size.told(10, is_all=True)

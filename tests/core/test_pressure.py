@@ -322,6 +322,30 @@ def test_a_lowered_limit_parks_sequences_until_it_is_respected():
     assert device.outputs == {s: expected(s, 12, 30) for s in (1, 2, 3, 4)}
 
 
+def test_under_a_limit_that_was_lowered_a_little_sequences_grow_and_none_starts():
+    device = PerfectDevice(a_schedule(device_slots=30, host_slots=90, streamed_limit=40))
+    for _ in range(8):
+        device.submit(12, 60)
+    schedule = device.schedule
+    while schedule.residency.num_streamed < 30:
+        device.step()
+    assert schedule.shrink_tolerance > 1.0
+    streamed = schedule.residency.num_streamed
+    schedule.streamed_limit = streamed
+    most = int(streamed * schedule.shrink_tolerance)
+    running = set(schedule.running)
+    device.submit(12, 12)
+    while schedule.residency.num_streamed <= streamed:
+        device.step()
+    assert set(schedule.running) <= running
+    assert not schedule.is_starved and not schedule.parked
+    while not schedule.parked:
+        device.step()
+        assert schedule.residency.num_streamed <= most
+    device.run()
+    assert device.outputs == {s: expected(s, 12, 60 if s < 9 else 12) for s in range(1, 10)}
+
+
 def test_a_lowered_limit_is_respected_also_where_sequences_wait_for_slots_that_are_coming():
     device = PerfectDevice(a_schedule(device_slots=10, host_slots=60, streamed_limit=20))
     for _ in range(4):

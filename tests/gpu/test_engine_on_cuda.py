@@ -18,6 +18,7 @@ from support.fake_cuda_driver import FakeDriver
 from pie_async import LLM, Engine, SamplingParams
 from pie_async.cuda import errors
 from pie_async.errors import ConfigError
+from pie_async.runtime.faults import CopyCorrupted, FaultPlan
 
 MORE: dict[str, str] = {}
 """What the driver of a test asks for."""
@@ -97,17 +98,42 @@ def on_the_cpu() -> list[tuple[int, ...]]:
     [
         {},
         {"device_blocks": NEED // 4, "streamed_blocks": 100},
-        {"device_blocks": NEED // 4, "streamed_blocks": 100, "debug": True},
+        {
+            "device_blocks": NEED // 4,
+            "streamed_blocks": 100,
+            "debug": True,
+            "check_copies": True,
+        },
         {"device_blocks": NEED // 4, "streamed_blocks": 100, "layer_group": 2, "ring_depth": 2},
         {"device_blocks": NEED // 4, "streamed_blocks": 0, "debug": True},
     ],
-    ids=["resident", "streamed", "streamed-poisoned", "streamed-in-groups", "parked"],
+    ids=["resident", "streamed", "streamed-poisoned-checked", "streamed-in-groups", "parked"],
 )
 def test_the_tokens_are_those_of_the_cpu(driver, on_the_cpu, how: dict) -> None:
     outputs, stats = generate("cuda", **how)
     assert tokens(outputs) == on_the_cpu
     if how.get("streamed_blocks"):
         assert stats.h2d_bytes > 100 * BLOCK_BYTES, "it did not stream"
+    assert stats.copy_attempts_failed == stats.copies_lost == 0
+
+
+CORRUPTED_COPIES = {"stage": tuple(range(40, 43)), "promote": (1,), "demote": (1, 2)}
+
+
+@pytest.mark.parametrize("kind", CORRUPTED_COPIES)
+async def test_copies_that_arrive_corrupted_are_found_by_their_checksums(
+    driver, on_the_cpu, kind: str
+) -> None:
+    plan = FaultPlan(faults=(CopyCorrupted(at=CORRUPTED_COPIES[kind], copies=(kind,)),))
+    tight = options(device_blocks=12, streamed_blocks=8, check_copies=True)
+    async with Engine(device="cuda", faults=plan, **tight) as engine:
+        streams = [await engine.submit(each, GREEDY) for each in PROMPTS]
+        found = [[output async for output in stream][-1] for stream in streams]
+        await engine.drain()
+        stats = engine.stats()
+    assert tokens(found) == on_the_cpu
+    assert stats.copy_attempts_failed >= 1
+    assert stats.sequences_lost == 0
     assert (stats.resident_blocks, stats.pooled_blocks) == (0, 0)
     assert stats.compute_s > 0
 

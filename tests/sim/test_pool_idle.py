@@ -31,13 +31,16 @@ async def burst(engine: Engine) -> list[tuple[int, ...]]:
     return list(await asyncio.gather(*map(one, range(24))))
 
 
-async def bursts(pool_idle_s: float) -> tuple[list[list[tuple[int, ...]]], list[int], int]:
-    """What two bursts said, how large the pool was behind each and after a rest, its most."""
-    config = EngineConfig(
+def config_of(pool_idle_s: float) -> EngineConfig:
+    return EngineConfig(
         model="tiny", device="sim", debug=True, device_kv_bytes=MIB, host_pool_bytes=16 * MIB,
         streamed_blocks=40, pool_idle_s=pool_idle_s,
     )  # fmt: skip
-    async with Engine(config) as engine:
+
+
+async def bursts(pool_idle_s: float) -> tuple[list[list[tuple[int, ...]]], list[int], int]:
+    """What two bursts said, how large the pool was behind each and after a rest, its most."""
+    async with Engine(config_of(pool_idle_s)) as engine:
         said, sizes = [], []
         most = engine.stats().host_blocks
         for _ in range(2):
@@ -58,6 +61,18 @@ async def test_an_idle_pool_gives_its_memory_back_and_takes_it_again():
     kept, sizes, _ = await bursts(pool_idle_s=0.0)
     assert sizes == [most] * 4
     assert said == kept
+
+
+async def test_while_something_runs_the_pool_keeps_its_memory():
+    async with Engine(config_of(pool_idle_s=0.0005)) as engine:
+        most, sizes = engine.stats().host_blocks, []
+        running = asyncio.create_task(burst(engine))
+        while not running.done():
+            sizes.append(engine.stats().host_blocks)
+            await asyncio.sleep(0.0005)
+        assert len(sizes) > 20 and set(sizes) == {most}
+        await asyncio.sleep(1)
+        assert engine.stats().host_blocks == CHUNK_SLOTS
 
 
 async def test_a_pool_reviewed_all_the_time_changes_no_output():
