@@ -31,7 +31,8 @@ HOW_FAR_OFF = (
     "Simulated, not measured. Beside an H200 with the host pool the simulator was 4 to 6 % low "
     "without pooling and 2 to 7 % high with it; gains measured as 1.73, 1.22, 1.15 it told as "
     "1.41, 1.20, 1.12. With the pool in a second H200, measured throughput was 76 to 98 % of what "
-    "it says. It was calibrated further since. It has been compared with no other GPU (docs/deciding.md)."
+    "it says. It was calibrated further since, which has not been compared, and it has been "
+    "compared with no other GPU (docs/deciding.md)."
 )
 WORK_BYTES = 600 * MIB + 3 * GIB
 """What a card holds beside weights and KV: context, activations, graphs. About."""
