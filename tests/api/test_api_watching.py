@@ -258,9 +258,9 @@ async def test_a_look_at_a_full_engine_costs_little_processor_time() -> None:
             await feed._look()
         took_s = time.process_time() - began_s
         await asyncio.gather(*jobs)
-    # At most four a second: under 10 ms they are 4 % of a core while it is busy, and the one in a
-    # second of an idle engine, which shows less, under 1 %.
-    assert took_s / 40 < 0.010
+    # About 2 ms; ten times that where the machine is crowded. Four a second are looked at while it
+    # is busy, one while it is idle, which then shows less.
+    assert took_s / 40 < 0.020
 
 
 async def finish(engine: Engine, prompt: list[int]) -> None:
