@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 import os
 import re
-from typing import Literal, get_args
+from typing import Annotated, Literal, get_args
 
 import msgspec
 
 from pie_async.errors import ConfigError
+from pie_async.settings import setting
 
 KIB, MIB, GIB, TIB = 2**10, 2**20, 2**30, 2**40
 
@@ -27,7 +28,7 @@ DEVICE_KV_BYTES = 256 * MIB
 
 
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Everything an `Engine` can be told. Field names are the flags' names.
+    """Everything an `Engine` can be told: the source of flags, environment variables, TOML keys.
 
     Raises:
         ConfigError: on construction, naming the field (`option`) and what is possible.
@@ -36,97 +37,354 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     model: str = BUILTIN_MODEL
     """A local Hugging Face directory, a hub id, or "builtin"; with random weights also the
     name of a shape (`model/named_shapes.py`)."""
-    load_format: LoadFormat = "checkpoint"
+    load_format: Annotated[
+        LoadFormat,
+        setting(
+            "--load-format",
+            "words",
+            "Where weights come from; random needs a config.json or a shape's name alone.",
+        ),
+    ] = "checkpoint"
     """"random": seeded random weights, made on the device; of the model only config.json is
     read. For measurements: time does not depend on what weights are."""
-    device: DeviceName = "cpu"
-    dtype: DtypeName = "auto"
+    device: Annotated[
+        DeviceName,
+        setting(
+            "--device", "words", "Where the model runs; sim runs on a cost model, without tensors."
+        ),
+    ] = "cpu"
+    dtype: Annotated[
+        DtypeName,
+        setting("--dtype", "words", "What the model computes in; auto is float32 on the CPU."),
+    ] = "auto"
     """What the model computes in; "auto" is float32 on the CPU, the model's own on a GPU."""
-    quantization: Quantization | None = None
+    quantization: Annotated[
+        Quantization | None,
+        setting(
+            "--quantization",
+            "words",
+            "What weights are converted to when loaded (cuda).",
+            default="none",
+        ),
+    ] = None
     """What weights are converted to when they are loaded; None: they stay in `dtype`."""
-    kernels: Kernels = "triton"
+    kernels: Annotated[
+        Kernels,
+        setting(
+            "--kernels",
+            "words",
+            "torch computes with torch's own operators, slowly, as a reference (cuda).",
+        ),
+    ] = "triton"
     """CUDA device: "torch" computes with torch's own operators, slowly, as a reference."""
-    attention: Attention = "auto"
+    attention: Annotated[
+        Attention,
+        setting(
+            "--attention",
+            "words",
+            "What attention of prompts is computed with; auto: what was measured faster (cuda).",
+        ),
+    ] = "auto"
     """CUDA device: what attention of prompts is computed with. "auto": FlashInfer (extra
     `flashinfer`) where it is installed and was measured faster on this card, otherwise Triton."""
-    cuda_graphs: bool = True
+    cuda_graphs: Annotated[
+        bool,
+        setting(
+            "--cuda-graphs",
+            "switch",
+            "Replay decode iterations instead of launching their kernels one by one (cuda).",
+        ),
+    ] = True
     """CUDA device: replay decode iterations instead of launching their kernels one by one."""
-    gpu_memory: str | int | float = 0.9
+    gpu_memory: Annotated[
+        str | int | float,
+        setting(
+            "--gpu-memory",
+            "share",
+            "Cap of everything taken on the card: 80GiB, 0.9 or 90% (cuda).",
+            panel="Memory",
+        ),
+    ] = 0.9
     """CUDA device: cap of everything the process takes on the card, in bytes ("80GiB", an
     int) or as a share of the card (0.9, "90%")."""
-    device_kv_bytes: int | None = None
+    device_kv_bytes: Annotated[
+        int | None,
+        setting(
+            "--device-kv",
+            "size",
+            "Device arena: KV that is resident.",
+            default="256.0 MiB; on cuda what --gpu-memory leaves",
+            panel="Memory",
+        ),
+    ] = None
     """The device arena: KV that is resident. None: 256 MiB; on the CUDA device, what
     everything else leaves under `gpu_memory`."""
-    host_pool_bytes: int = 1 * GIB
+    host_pool_bytes: Annotated[
+        int,
+        setting(
+            "--host-pool",
+            "size",
+            "Ceiling of the pool, wherever it is; 0 switches pooling off.",
+            panel="Memory",
+        ),
+    ] = 1 * GIB
     """Ceiling of the pool, whichever memory it lies in; 0 switches pooling off (preemption
     recomputes)."""
-    pool: str = "host"
+    pool: Annotated[
+        str,
+        setting(
+            "--pool",
+            "pool",
+            "Memory that holds the pool: this machine's, or GPU N's (cuda).",
+            panel="Memory",
+        ),
+    ] = "host"
     """What memory holds the pool: "host", this machine's, or on the CUDA device "peer:N", GPU N's
     (among those that the process sees), which is to be joined to the computing one by NVLink."""
-    pool_idle_s: float = 60.0
+    pool_idle_s: Annotated[
+        float,
+        setting(
+            "--pool-idle",
+            "seconds",
+            "Give host memory of the pool back after so long without need; 0 keeps it.",
+            panel="Memory",
+        ),
+    ] = 60.0
     """Host memory of the pool that was not needed for so long is given back, and taken again on
     demand; 0: it is kept. A pool in another GPU always keeps its memory."""
-    max_streamed_bytes: int | None = None
+    max_streamed_bytes: Annotated[
+        int | None,
+        setting(
+            "--max-streamed",
+            "size",
+            "Most KV that an iteration may stream (cuda).",
+            default="2GiB (with --pool peer:N 8GiB), or what --max-model-len needs",
+            panel="Memory",
+        ),
+    ] = None
     """CUDA device: most KV that one iteration may stream. The staging ring takes its share of it,
     `ring_depth` layer groups of all. None: 2 GiB, 8 with the pool in
     another GPU, or what `max_model_len` needs if that is set."""
-    block_tokens: int = 16
-    max_model_len: int | None = None
+    block_tokens: Annotated[
+        int, setting("--block-tokens", "count", "Tokens of one KV block.", panel="Memory")
+    ] = 16
+    max_model_len: Annotated[
+        int | None,
+        setting(
+            "--max-model-len",
+            "count",
+            "Longest prompt plus output, in tokens.",
+            default="what model and memory hold",
+        ),
+    ] = None
     """Longest prompt plus output; None: what the model and the memory can hold."""
-    max_running_sequences: int | None = None
+    max_running_sequences: Annotated[
+        int | None,
+        setting(
+            "--max-running", "count", "Most sequences in one iteration.", default="64; on cuda 256"
+        ),
+    ] = None
     """Most sequences in one iteration; None: 64, on the CUDA device 256."""
-    token_budget: int | None = None
+    token_budget: Annotated[
+        int | None,
+        setting(
+            "--token-budget", "count", "Most tokens in one iteration.", default="512; on cuda 8192"
+        ),
+    ] = None
     """Most tokens one iteration processes; longer prompts are prefilled in chunks. None: 512;
     on the CUDA device what `itl_target_s` allows, 8192 without one."""
-    itl_target_s: float | None = None
+    itl_target_s: Annotated[
+        float | None,
+        setting(
+            "--itl-target",
+            "seconds",
+            "Most time between two tokens while others prefill; sets the token budget (cuda).",
+            default="no target",
+        ),
+    ] = None
     """CUDA device: how long an iteration that prefills may take, which is what others wait for
     their next token meanwhile. Sets `token_budget`, so only one of the two may be given."""
-    itl_limit_s: float | None = None
+    itl_limit_s: Annotated[
+        float | None,
+        setting(
+            "--itl-limit",
+            "seconds",
+            "Most time that an iteration may take for the sake of streaming.",
+            default="no limit",
+        ),
+    ] = None
     """What an iteration that only decodes may take for streaming's sake: no more is streamed than
     keeps it below. None: streaming is limited by what hides behind compute alone."""
-    prefix_caching: bool = True
+    prefix_caching: Annotated[
+        bool,
+        setting(
+            "--prefix-caching",
+            "switch",
+            "Share the KV of equal leading tokens, also of requests that have ended.",
+        ),
+    ] = True
     """Requests with the same leading tokens share KV blocks, also with those that have ended."""
-    iterations_in_flight: int = 2
+    iterations_in_flight: Annotated[
+        int,
+        setting(
+            "--iterations-in-flight",
+            "count",
+            "Iterations issued before tokens are back.",
+            metavar="1|2",
+        ),
+    ] = 2
     """Iterations issued before the first one's tokens are back: 1 or 2."""
-    layer_group: int | None = None
+    layer_group: Annotated[
+        int | None,
+        setting(
+            "--layer-group",
+            "count",
+            "Most layers staged and awaited as one.",
+            default="as suits the device",
+            panel="Memory",
+        ),
+    ] = None
     """Most layers staged and awaited as one; None: as suits the device. Groups are made as equal as
     can be, and one more of them where the ring's depth would leave 1 over."""
-    ring_depth: int | None = None
+    ring_depth: Annotated[
+        int | None,
+        setting(
+            "--ring-depth",
+            "count",
+            "Layer groups that the staging ring holds.",
+            default="as suits the device",
+            panel="Memory",
+        ),
+    ] = None
     """Layer groups that the staging ring holds, at least 2; None: as suits the device."""
-    link_bytes_per_s: float | None = None
+    link_bytes_per_s: Annotated[
+        float | None,
+        setting(
+            "--link-rate",
+            "rate",
+            "Limit the link between host pool and arena (cpu).",
+            default="no limit",
+            panel="Memory",
+        ),
+    ] = None
     """CPU device: rate of the link between host pool and arena; None: as fast as it goes."""
-    streamed_blocks: int | None = None
+    streamed_blocks: Annotated[
+        int | None,
+        setting(
+            "--streamed-blocks",
+            "count",
+            "Fix how many blocks may be streamed.",
+            default="the governor decides",
+            panel="Memory",
+        ),
+    ] = None
     """Fix the number of blocks that may be streamed; None lets the governor decide."""
-    exchange: bool = False
+    exchange: Annotated[
+        bool,
+        setting(
+            "--exchange",
+            "switch",
+            "Copy streamed KV back after every layer group too, for measurements.",
+            panel="Memory",
+        ),
+    ] = False
     """For measurements: after every layer group copy what was staged for it back to the pool, as
     the paper does, although it has not changed. The pool then keeps its memory, and with `debug`
     staging buffers are not poisoned."""
-    max_queued_requests: int = 4096
+    max_queued_requests: Annotated[
+        int, setting("--max-queued", "count", "More requests than this are refused.")
+    ] = 4096
     """Requests that are accepted and not finished; further ones are told when to come again."""
-    max_queued_tokens: int = 16 * 2**20
+    max_queued_tokens: Annotated[
+        int,
+        setting(
+            "--max-queued-tokens", "count", "The same for tokens of their prompts.", default="16Mi"
+        ),
+    ] = 16 * 2**20
     """The same for their prompts' tokens, once for each sequence; one alone may have more."""
-    reader_patience_s: float = 30.0
+    reader_patience_s: Annotated[
+        float,
+        setting(
+            "--reader-patience",
+            "seconds",
+            "Pause a request whose reader takes nothing for so long; 0: never.",
+        ),
+    ] = 30.0
     """A request whose reader has begun to read and then takes nothing for so long is paused until
     it reads on: its sequences give up their places, and their KV as soon as somebody wants the
     room. 0: never."""
-    watchdog_s: float = 60.0
+    watchdog_s: Annotated[
+        float,
+        setting(
+            "--watchdog",
+            "seconds",
+            "End the engine, with a report, if it stands still for so long; 0: never.",
+        ),
+    ] = 60.0
     """Issued work that has not completed, a message that was not read, or an event loop that did
     not turn for so long stops the engine, with a report; at most a quarter longer. What a stream
     is given first may take ten times as long. 0: nobody looks."""
-    report_dir: str | None = None
+    report_dir: Annotated[
+        str | None,
+        setting(
+            "--report-dir",
+            "text",
+            "Where reports go.",
+            default="in the user's cache directory",
+            metavar="DIR",
+        ),
+    ] = None
     """Where reports go; None: "pie_async/reports" in the user's cache directory."""
-    cpu_threads: int | None = None
+    cpu_threads: Annotated[
+        int | None,
+        setting(
+            "--cpu-threads",
+            "count",
+            "Threads of one torch operation (cpu).",
+            default="all cores but one",
+        ),
+    ] = None
     """CPU device: threads per torch operation; None: all cores but one."""
-    debug: bool = False
+    debug: Annotated[
+        bool,
+        setting(
+            "--debug",
+            "switch",
+            "Show where errors come from; poison staging buffers, check invariants.",
+        ),
+    ] = False
     """Poison staging buffers, check invariants at every message and plan."""
-    check_copies: bool = False
+    check_copies: Annotated[
+        bool,
+        setting(
+            "--check-copies",
+            "switch",
+            "Compare checksums of copied blocks; what is wrong is copied or computed again.",
+        ),
+    ] = False
     """Compare the checksum of every copied block. What arrived otherwise is copied again; on a GPU,
     where it may be read by then, its sequences are computed again."""
-    seed: int = 0
+    seed: Annotated[
+        int, setting("--seed", "count", "Seeds of requests without one are drawn from it.")
+    ] = 0
     """Where seeds of requests without one are drawn from."""
-    sim_gpu: str = "h200"
+    sim_gpu: Annotated[
+        str,
+        setting(
+            "--sim-gpu",
+            "text",
+            "GPU whose cost model runs.",
+            panel="Simulated device",
+            metavar="NAME",
+        ),
+    ] = "h200"
     """Simulated device: the GPU whose cost model runs."""
-    sim_link: str = "pcie5"
+    sim_link: Annotated[
+        str,
+        setting(
+            "--sim-link", "text", "Link to the pool.", panel="Simulated device", metavar="NAME"
+        ),
+    ] = "pcie5"
     """Simulated device: the link to the pool."""
 
     def __post_init__(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import random
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
@@ -28,11 +29,13 @@ from pie_async.errors import (
 )
 from pie_async.ids import RequestId, SequenceId
 from pie_async.intake import Intake, Prompt, check_cache_salt
+from pie_async.live.timeline import Timeline, recent_spans, timeline
+from pie_async.live.view import EngineView
 from pie_async.messages import Cancel, Drain, SetStreamedLimit, Submit
 from pie_async.metrics import EngineStats
 from pie_async.model_info import ModelInfo
 from pie_async.outputs import RequestOutput
-from pie_async.request_stream import RequestStream, SequenceOutput
+from pie_async.request_stream import RequestStream, SequenceOutput, names_of
 from pie_async.runtime.faults import PROCESS_POINTS, FaultPlan
 from pie_async.runtime.faulty_actors import log_on_full_disk
 from pie_async.sampling_params import SamplingParams
@@ -419,6 +422,33 @@ class Engine:
             block_bytes=memory.layout.block_bytes,
             uptime_s=asyncio.get_running_loop().time() - self._started_s,
         )
+
+    async def look(self, *, since_s: float = math.inf) -> EngineView:
+        """What it is doing now, for people; costs a millisecond or two, and not looking nothing.
+
+        Args:
+            since_s: tell of what the streams did after this time of the engine's clock
+                (`EngineView.now_s`, of the last look); the story goes back for some seconds.
+
+        Raises:
+            EngineStopped: it has not started.
+        """
+        actors, layout = self._running_actors(), self.layout
+        assert self.story is not None
+        scheduler = actors.scheduler
+        spans = recent_spans(self.story, since_s=since_s, lookback_s=scheduler.issued_ahead_s)
+        view = scheduler.view(layout, self.stats(), spans)
+        return view.named(names_of(self._streams.values()))
+
+    async def timeline(self, *, last_iterations: int = 200) -> Timeline:
+        """What streams and requests did in the last iterations, as far as the story goes back.
+
+        Raises:
+            EngineStopped: it has not started.
+        """
+        self._running_actors()
+        assert self.story is not None
+        return timeline(self.story, last_iterations=last_iterations, now_s=_now_s())
 
     def gpu_memory(self) -> GpuMemory | None:
         """Where the card's memory is, and what is in use now; None without a card."""

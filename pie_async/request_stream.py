@@ -8,7 +8,7 @@ that takes nothing for long is noticed (`readers.py`), and its sequences are pau
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
 from pie_async.core.stop_strings import StopMatcher
@@ -295,3 +295,8 @@ class RequestStream:
     def _wake_reader(self) -> None:
         if self._reader is not None and self._is_due and not self._reader.done():
             self._reader.set_result(None)
+
+
+def names_of(streams: Iterable[RequestStream]) -> dict[SequenceId, str]:
+    """What callers call the requests that sequences belong to."""
+    return {sequence: stream.request_id for stream in streams for sequence in stream.sequences}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator
+from itertools import takewhile
 
 import msgspec
 
@@ -47,6 +48,12 @@ class Story:
 
     def __len__(self) -> int:
         return len(self._entries)
+
+    def since(self, at_s: float) -> list[Entry]:
+        """What was handled after `at_s`. Cost: that alone, however much is remembered."""
+        recent = list(takewhile(lambda entry: entry.at_s > at_s, reversed(self._entries)))
+        recent.reverse()
+        return recent
 
     def of_iteration(self, iteration: IterationId) -> list[Entry]:
         """All that is remembered of one iteration."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
+from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from typing import assert_never
@@ -13,9 +14,12 @@ import msgspec
 
 from pie_async.core import invariants
 from pie_async.core.batching import IterationPlan, plan_iteration
+from pie_async.core.layout import KvLayout
 from pie_async.core.schedule import Launched, Schedule
 from pie_async.errors import MailboxClosed
 from pie_async.ids import IterationId, SequenceId
+from pie_async.live.timeline import LimitChange, Span
+from pie_async.live.view import EngineView, memory_map, sequence_views
 from pie_async.messages import (
     Advance,
     Cancel,
@@ -61,6 +65,8 @@ MOST_PATIENCE_S = 2e-3
 PATIENCE = 0.25
 """How long planning waits for masks: so much of the last iteration's time, at most the above. The
 device is still busy with the iteration in flight, and most masks take less than 0.1 ms."""
+LIMITS_KEPT = 12
+"""Of the governor's decisions, for whoever looks."""
 
 
 class Neighbours(msgspec.Struct, frozen=True, kw_only=True):
@@ -105,6 +111,9 @@ class SchedulerActor(Actor[SchedulerMail]):
         self._now_s: Callable[[], float] = time.monotonic
         self._progress_s = 0.0
         """When the oldest iteration in flight came first: loop time."""
+        self._took_s = 0.0
+        """The last iteration, from first to last."""
+        self._limits: deque[LimitChange] = deque(maxlen=LIMITS_KEPT)
         self._awaited: set[SequenceId] = set()
         """Sequences whose masks the next plan waits for."""
         self._waits = 0
@@ -154,11 +163,7 @@ class SchedulerActor(Actor[SchedulerMail]):
             case MasksMade() | MasksLate():
                 self._take_masks(mail)
             case SetStreamedLimit():
-                schedule.streamed_limit = mail.limit_blocks
-                schedule.least_streamed = mail.least_blocks
-                self._totals = msgspec.structs.replace(
-                    self._totals, governor_cause=mail.cause, governor_reason=mail.reason
-                )
+                self._take_limit(mail)
             case PoolGrown() | PoolShrunk() | ReviewPool():
                 self._size_pool(mail)
             case _:
@@ -173,6 +178,21 @@ class SchedulerActor(Actor[SchedulerMail]):
             case Drain():
                 self._is_draining = True
                 self._schedule.drain()
+
+    def _take_limit(self, mail: SetStreamedLimit) -> None:
+        self._schedule.streamed_limit = mail.limit_blocks
+        self._schedule.least_streamed = mail.least_blocks
+        self._totals = msgspec.structs.replace(
+            self._totals, governor_cause=mail.cause, governor_reason=mail.reason
+        )
+        self._limits.append(
+            LimitChange(
+                at_s=self._now_s(),
+                limit_blocks=mail.limit_blocks,
+                cause=mail.cause,
+                reason=mail.reason,
+            )
+        )
 
     def _size_pool(self, mail: PoolGrown | PoolShrunk | ReviewPool) -> None:
         size = self._schedule.residency.pool_size
@@ -284,6 +304,7 @@ class SchedulerActor(Actor[SchedulerMail]):
 
     def _settle(self, ran: IterationRan) -> None:
         self._progress_s = self._now_s()
+        self._took_s = ran.compute_s + ran.stall_s
         launched, advances = self._schedule.settle(ran.iteration, ran.sampled, ran.unstaged)
         self._tell(advances, ran.iteration, ran.prompt_logprobs)
         if self._schedule.guidance.num_guided:
@@ -380,6 +401,29 @@ class SchedulerActor(Actor[SchedulerMail]):
             expansion_ratio=(device + residency.num_streamed) / device,
             **asdict(schedule.counts),
         )
+
+    @property
+    def issued_ahead_s(self) -> float:
+        """How long before its end an iteration is issued, about."""
+        return (self._depth + 1) * self._took_s
+
+    def view(self, layout: KvLayout, stats: EngineStats, spans: Iterable[Span]) -> EngineView:
+        """What somebody who looks sees; costs about a millisecond."""
+        schedule = self._schedule
+        return EngineView(
+            now_s=self._now_s(),
+            stats=stats,
+            memory=memory_map(schedule, layout, progress=self._progress()),
+            sequences=tuple(sequence_views(schedule)),
+            limits=tuple(self._limits),
+            spans=tuple(spans),
+        )
+
+    def _progress(self) -> float | None:
+        in_flight = self._schedule.in_flight
+        if not in_flight or not in_flight[0].is_staged or not self._took_s:
+            return None
+        return min(1.0, self._pending_s() / self._took_s)
 
     def _pending_s(self) -> float:
         if not self._schedule.in_flight:

@@ -13,6 +13,7 @@ from pie_async.api.handlers import Handlers, Limits
 from pie_async.api.hosts import ANY_HOST, AllowedHosts
 from pie_async.api.in_flight import InFlight
 from pie_async.api.middlewares import (
+    PAGE_ROUTE,
     UNGUARDED_ROUTE,
     as_response,
     errors_as_json,
@@ -22,6 +23,9 @@ from pie_async.api.middlewares import (
     require_known_host,
 )
 from pie_async.api.prometheus import ServerMetrics
+from pie_async.api.tracing import SpanSink, trace_requests
+from pie_async.api.vllm_names import with_vllm_names
+from pie_async.api.watching import Watching
 from pie_async.openai.backend import Backend
 from pie_async.openai.errors import EngineStarting, error_reply
 from pie_async.openai.service import OpenAIService
@@ -44,6 +48,8 @@ def create_app(
     body_timeout_s: float = 60.0,
     keepalive_s: float = 10.0,
     stall_timeout_s: float = 60.0,
+    vllm_metrics: bool = False,
+    tracer: Any = None,
 ) -> web.Application:
     """OpenAI's API over an engine, to run alone or mounted in another application.
 
@@ -54,18 +60,25 @@ def create_app(
 
     Args:
         served_model_name: what clients call the model; the engine's name for it if None.
-        api_keys: if any, all routes but /health ask for one of them as a bearer token.
+        api_keys: if any, all routes but /health and the page at / ask for one of them as a
+            bearer token.
         allowed_hosts: names that requests may be sent to; None: any, for whoever mounts or
             forwards to this knows better.
         max_body_bytes: larger request bodies are refused with status 413.
         body_timeout_s: how long a request's body may take.
         keepalive_s: longest silence of a stream before a comment is sent.
         stall_timeout_s: how long a client may take nothing of its stream before it is cut off.
+        vllm_metrics: have /metrics under vLLM's names too.
+        tracer: OpenTelemetry's, to get a span for each request; None: no spans.
     """
     metrics = ServerMetrics(engine)
     in_flight = InFlight()
+    model = served_model_name or engine.model.name
     service = OpenAIService(
-        engine, served_model_name=served_model_name, keepalive_s=keepalive_s, sink=metrics
+        engine,
+        served_model_name=served_model_name,
+        keepalive_s=keepalive_s,
+        sink=metrics if tracer is None else SpanSink(metrics),
     )
     limits = Limits(
         max_body_bytes=max_body_bytes,
@@ -73,14 +86,19 @@ def create_app(
         stall_timeout_s=stall_timeout_s,
     )
     handlers = Handlers(engine, service, in_flight, limits)
+    watching = Watching(engine, stall_timeout_s=stall_timeout_s)
 
     app = web.Application(
         middlewares=[
             errors_as_json(metrics.count_response),
             *_guards(ApiKeys.of(api_keys), allowed_hosts),
+            *([] if tracer is None else [trace_requests(tracer, model)]),
         ]
     )
     app[IN_FLIGHT] = in_flight
+    registry = metrics.registry
+    if vllm_metrics:
+        registry = with_vllm_names(registry, model)
     app.add_routes(
         [
             web.post("/v1/chat/completions", handlers.chat, expect_handler=expect_body),
@@ -92,13 +110,21 @@ def create_app(
             web.get("/v1/models/{model:.+}", handlers.model),
             web.get("/health", handlers.health, name=UNGUARDED_ROUTE),
             web.get("/ready", handlers.ready),
-            web.get("/metrics", make_aiohttp_handler(metrics.registry)),
+            web.get("/metrics", make_aiohttp_handler(registry)),
             web.get("/version", handlers.version),
             web.get("/openapi.json", handlers.openapi),
+            web.get("/", watching.page, name=PAGE_ROUTE),
+            web.get("/view", watching.view),
+            web.get("/trace", watching.trace),
         ]
     )
     app.on_response_prepare.append(name_response)
     app.on_shutdown.append(_end_answers)
+
+    async def end_watching(_app: web.Application) -> None:
+        watching.feed.close()
+
+    app.on_shutdown.append(end_watching)
     return app
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
 from typing import Any, Self
 
 import aiohttp
@@ -64,9 +64,9 @@ class CompletionsClient:
         return self._model
 
     async def _find_model(self) -> str:
-        with _named_failures(self._base):
+        with named_failures(self._base):
             async with self._http.get(f"{self._base}/models") as answer:
-                await _check(answer)
+                await check(answer)
                 listed = [entry["id"] for entry in (await answer.json())["data"]]
         if self._model is not None and self._model not in listed:
             raise ServerError(
@@ -98,9 +98,9 @@ class CompletionsClient:
             "stream_options": {"include_usage": True},
         }
         counted = 0
-        with _named_failures(self._base):
+        with named_failures(self._base):
             async with self._http.post(f"{self._base}/completions", json=body) as answer:
-                await _check(answer)
+                await check(answer)
                 async for event in _events(answer):
                     if event.get("choices") and not _is_only_an_end(event):
                         counted += 1
@@ -109,6 +109,29 @@ class CompletionsClient:
                     if total > counted:
                         yield total - counted
                         counted = total
+
+    async def chat(
+        self, messages: Sequence[Mapping[str, str]], *, max_tokens: int
+    ) -> AsyncGenerator[str, None]:
+        """The pieces of the assistant's next message.
+
+        Raises:
+            ServerError: the request failed.
+        """
+        body = {
+            "model": self.model,
+            "messages": list(messages),
+            "max_tokens": max_tokens,
+            "temperature": self._temperature,
+            "stream": True,
+        }
+        with named_failures(self._base):
+            async with self._http.post(f"{self._base}/chat/completions", json=body) as answer:
+                await check(answer)
+                async for event in _events(answer):
+                    for choice in event.get("choices") or ():
+                        if text := choice.get("delta", {}).get("content"):
+                            yield text
 
     @property
     def _http(self) -> aiohttp.ClientSession:
@@ -136,7 +159,7 @@ async def _events(answer: aiohttp.ClientResponse) -> AsyncIterator[dict[str, Any
     raise ServerError("the server broke off the answer")
 
 
-async def _check(answer: aiohttp.ClientResponse) -> None:
+async def check(answer: aiohttp.ClientResponse) -> None:
     if answer.status == 200:
         return
     text = await answer.text()
@@ -151,7 +174,7 @@ def _message(body: Any) -> str:
 
 
 @contextlib.contextmanager
-def _named_failures(base: str) -> Iterator[None]:
+def named_failures(base: str) -> Iterator[None]:
     try:
         yield
     except aiohttp.InvalidURL as error:

@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 
 REQUEST_ID_HEADER = "X-Request-Id"
 UNGUARDED_ROUTE = "health"
-"""Name of the one route that needs no API key: probes carry none."""
+"""Name of the route that tells probes, which carry no API key, that the server is alive."""
+PAGE_ROUTE = "page"
+"""Of the live page: a browser opens it without a key, and it asks for one to show anything."""
 
 _REQUEST_ID = web.RequestKey("request_id", str)
 _HARMLESS_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
@@ -76,11 +78,11 @@ def require_known_host(hosts: AllowedHosts) -> Middleware:
 
 
 def require_api_key(keys: ApiKeys) -> Middleware:
-    """Guards every route but the liveness probe, unknown ones included."""
+    """Guards every route but the liveness probe and the page, unknown ones included."""
 
     @web.middleware
     async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
-        if request.match_info.route.name != UNGUARDED_ROUTE:
+        if request.match_info.route.name not in (UNGUARDED_ROUTE, PAGE_ROUTE):
             keys.check(request.headers.get("Authorization"))
         return await handler(request)
 

@@ -8,7 +8,7 @@ import signal
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from aiohttp import web
 
@@ -37,6 +37,8 @@ async def serve(
     allowed_hosts: Iterable[str] = (),
     max_body_bytes: int = DEFAULT_MAX_BODY_BYTES,
     max_connections: int = DEFAULT_MAX_CONNECTIONS,
+    vllm_metrics: bool = False,
+    tracer: Any = None,
     shutdown_timeout_s: float = 30.0,
     on_ready: Callable[[str], None] | None = None,
 ) -> None:
@@ -57,6 +59,8 @@ async def serve(
             served_model_name=served_model_name,
             max_body_bytes=max_body_bytes,
             shutdown_timeout_s=shutdown_timeout_s,
+            vllm_metrics=vllm_metrics,
+            tracer=tracer,
             on_ready=on_ready,
         )
 
@@ -120,6 +124,8 @@ class Server:
         served_model_name: str | None = None,
         max_body_bytes: int = DEFAULT_MAX_BODY_BYTES,
         shutdown_timeout_s: float = 30.0,
+        vllm_metrics: bool = False,
+        tracer: Any = None,
         on_ready: Callable[[str], None] | None = None,
     ) -> None:
         """Serve a started engine until SIGTERM or SIGINT, then end gracefully and return.
@@ -129,6 +135,7 @@ class Server:
         run in the main thread, where signals arrive; all servers of a process hear them.
 
         Args:
+            vllm_metrics, tracer: as for `create_app`.
             on_ready: called with the server's URL once it admits requests; port 0 picks a free
                 port, which the URL tells.
         """
@@ -138,6 +145,8 @@ class Server:
             api_keys=self._keys,
             allowed_hosts=self._hosts,
             max_body_bytes=max_body_bytes,
+            vllm_metrics=vllm_metrics,
+            tracer=tracer,
         )
         in_flight = app[IN_FLIGHT]
         runner = web.AppRunner(

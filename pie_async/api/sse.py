@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
-from collections.abc import Iterator
+from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing, contextmanager
 
 from aiohttp import web
@@ -35,14 +35,23 @@ async def send_events(
 
     A client that takes nothing for `stall_timeout_s` is cut off.
     """
+    return await send_stream(
+        request, answer.response_id, answer.events(), stall_timeout_s=stall_timeout_s
+    )
+
+
+async def send_stream(
+    request: web.Request, name: str, stream: AsyncGenerator[bytes, None], *, stall_timeout_s: float
+) -> web.StreamResponse:
+    """The same for any events, which are closed at the end; `name` is for the log."""
     response = web.StreamResponse(headers=_HEADERS)
     if request.transport is not None:
         sock = request.transport.get_extra_info("socket")
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _UNREAD_BYTES)
         request.transport.set_write_buffer_limits(high=_UNREAD_BYTES)
-    with _cutting_off(request, answer.response_id, stall_timeout_s):
+    with _cutting_off(request, name, stall_timeout_s):
         await response.prepare(request)
-        async with aclosing(answer.events()) as events:
+        async with aclosing(stream) as events:
             async for data in events:
                 await _write(request, response, data, stall_timeout_s)
         async with asyncio.timeout(stall_timeout_s):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 
 from pie_async.assembly.byte_tokenizer import ByteTokenizer
@@ -16,7 +18,13 @@ from pie_async.assembly.sizing import (
     model_layout,
 )
 from pie_async.config import BUILTIN_MODEL, EngineConfig
-from pie_async.device.cost_model import CostModel, gpu_named, link_named, shape_named
+from pie_async.device.cost_model import (
+    CostModel,
+    ModelShape,
+    gpu_named,
+    link_named,
+    shape_named,
+)
 from pie_async.device.protocol import MemoryPlan, chunk_slots_of
 from pie_async.device.sim import SimDevice
 from pie_async.model.guides import GuideCompiler, GuideRoom, TimedGuides, mask_shape
@@ -27,11 +35,36 @@ SIM_MODEL = "llama-3.1-8b"
 SIM_POSITIONS = 131_072
 
 
+def sim_shape(model: str) -> tuple[str, ModelShape]:
+    """A model's name and sizes: a named shape, or that of a directory's config.json.
+
+    Raises:
+        ConfigError, ModelError: there is no such shape, or the directory holds no supported model.
+    """
+    if not Path(model).is_dir():
+        name = SIM_MODEL if model == BUILTIN_MODEL else model
+        return name, shape_named(name)
+    from pie_async.model.config import read_config
+
+    read = read_config(Path(model))
+    shape = ModelShape(
+        num_layers=read.num_layers,
+        hidden_size=read.hidden_size,
+        num_heads=read.num_heads,
+        kv_heads=read.kv_heads,
+        head_dim=read.head_dim,
+        intermediate_size=read.intermediate_size,
+        vocab_size=read.vocab_size,
+        is_gated=read.is_gated,
+        weight_item_bytes=2 if read.quantization is None else 1,
+    )
+    return Path(model).resolve().name, shape
+
+
 def assemble_sim(config: EngineConfig) -> Parts:
     """See `assemble`."""
     refuse_quantization(config)
-    name = SIM_MODEL if config.model == BUILTIN_MODEL else config.model
-    shape = shape_named(name)
+    name, shape = sim_shape(config.model)
     layout = model_layout(config, shape, shape.kv_item_bytes)
     device_slots = count_device_slots(config, layout)
     host_slots = count_host_slots(config, layout)

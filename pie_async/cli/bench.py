@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import datetime
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -34,6 +34,10 @@ if TYPE_CHECKING:
     from pie_async.cli.load import LoadRun, PoolSummary, Target
     from pie_async.cli.report import Report
 
+KINDS = ("latency", "throughput", "serve")
+"""Of measurements: requests one after the other; all at once; as they arrive at a server."""
+LATENCY_REQUESTS, REQUESTS = 10, 64
+SERVER_URL = "http://127.0.0.1:8000"
 WORKLOADS = (*LENGTH_MODELS, "fixed", "trace")
 UNKNOWN_CONTEXT_TOKENS = 4096
 """A server does not tell its context length."""
@@ -74,7 +78,7 @@ class LoadPlan(msgspec.Struct, frozen=True, kw_only=True):
         if self.trace is not None:
             traced = read_trace(self.trace, limit=self.num_requests)
             return [clip(item, context_tokens) for item in traced]
-        num_requests = self.num_requests or 64
+        num_requests = self.num_requests or REQUESTS
         if self.workload == "fixed":
             return fixed_lengths(
                 prompt_tokens=self.prompt_tokens,
@@ -102,7 +106,18 @@ class LoadPlan(msgspec.Struct, frozen=True, kw_only=True):
 @with_engine_flags
 def bench(
     *,
+    kind: Annotated[
+        str,
+        typer.Argument(parser=one_of(*KINDS), metavar="|".join(KINDS),
+                       help="One request after the other; all at once (also if this word is left "
+                            "out); or as they arrive at a server."),
+    ] = "throughput",
     model: MODEL = BUILTIN_MODEL,
+    compare: Annotated[
+        tuple[Path, Path] | None,
+        typer.Option(metavar="A B", rich_help_panel=_GOAL,
+                     help="Measure nothing; compare two results that --json wrote."),
+    ] = None,
     url: Annotated[
         str | None,
         typer.Option(metavar="URL", rich_help_panel=_LOAD,
@@ -115,14 +130,15 @@ def bench(
     ] = None,
     api_key: Annotated[
         str | None,
-        typer.Option(metavar="KEY", envvar="PIE_API_KEY", show_envvar=False,
+        typer.Option(metavar="KEY", envvar="PIE_ASYNC_API_KEY", show_envvar=False,
                      rich_help_panel=_LOAD, help="The server's key."),
     ] = None,
     workload: Annotated[
-        str,
-        typer.Option(parser=one_of(*WORKLOADS), metavar="|".join(WORKLOADS),
-                     rich_help_panel=_LOAD, help="Where request lengths come from."),
-    ] = "sharegpt-like",
+        str | None,
+        typer.Option(parser=one_of(*WORKLOADS), metavar="|".join(WORKLOADS), rich_help_panel=_LOAD,
+                     show_default="sharegpt-like; for latency fixed",
+                     help="Where request lengths come from."),
+    ] = None,
     trace: Annotated[
         Path | None,
         typer.Option(metavar="FILE", rich_help_panel=_LOAD,
@@ -131,7 +147,8 @@ def bench(
     num_requests: Annotated[
         str | None,
         typer.Option("--num-requests", "-n", parser=count, metavar="N", rich_help_panel=_LOAD,
-                     show_default="64, or the whole trace", help="How many requests."),
+                     show_default="64, for latency 10, or the whole trace",
+                     help="How many requests."),
     ] = None,
     rate: Annotated[
         float | None,
@@ -141,8 +158,8 @@ def bench(
     ] = None,
     concurrency: Annotated[
         int | None,
-        typer.Option(min=1, metavar="N", rich_help_panel=_LOAD, show_default="no limit",
-                     help="Most requests open at once."),
+        typer.Option(min=1, metavar="N", rich_help_panel=_LOAD,
+                     show_default="no limit; for latency 1", help="Most requests open at once."),
     ] = None,
     prompt_tokens: Annotated[
         str,
@@ -180,6 +197,17 @@ def bench(
     from pie_async.cli.report import check_writable
 
     del model
+    if compare is not None:
+        return _compare(*compare)
+    if kind == "serve":
+        url = url or SERVER_URL
+    is_latency = kind == "latency"
+    if workload is None:
+        workload = "fixed" if is_latency else "sharegpt-like"
+    if concurrency is None and is_latency:
+        concurrency = 1
+    if num_requests is None and trace is None:
+        num_requests = str(LATENCY_REQUESTS if is_latency else REQUESTS)
     if json is not None:
         check_writable(json)
     if workload == "trace" and trace is None:
@@ -201,6 +229,27 @@ def bench(
         return run_async(_finish(_bench_server(job, url, url_model, api_key), json))
     run = run_in_virtual_time if engine.device == "sim" else run_async
     return run(_finish(_bench_engine(job, engine), json))
+
+
+def _compare(before: Path, after: Path) -> int:
+    from rich.console import Console
+
+    from pie_async.cli.comparison import differences, table
+
+    console = Console(highlight=False)
+    for line in differences(before, after):
+        messages().print(line, style="yellow", markup=False, soft_wrap=True)
+    console.print(table(before, after))
+    return 0
+
+
+def with_kind(arguments: Sequence[str]) -> list[str]:
+    """The command line with the word that may be left out: what is no kind is a model."""
+    words = list(arguments)
+    at = words.index("bench") + 1 if "bench" in words else 0
+    if at and not {*KINDS, "-h", "--help"} & set(words[at : at + 1]):
+        words.insert(at, "throughput")
+    return words
 
 
 def _positive(value: str | int, option: str) -> int:

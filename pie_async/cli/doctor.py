@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import msgspec
 import typer
 
 from pie_async import __version__
 from pie_async.cli.options import MODEL, with_engine_flags
-from pie_async.cli.plan import MemoryPlan, memory_plan, memory_warning, plan_lines
 from pie_async.config import BUILTIN_MODEL, MIB, EngineConfig, format_size
 from pie_async.errors import ConfigError
 from pie_async.hardware import Hardware, read_hardware
+
+if TYPE_CHECKING:
+    from pie_async.cli.measure import Measured
+    from pie_async.cli.plan import MemoryPlan
 
 COPY_BYTES = 64 * MIB
 COPY_S = 0.2
@@ -58,6 +62,7 @@ class Diagnosis(msgspec.Struct, frozen=True, kw_only=True):
     hardware: Hardware
     torch: Torch
     copies: CopyRates
+    measured: Measured
     plan: MemoryPlan
     warnings: list[str]
 
@@ -67,11 +72,19 @@ def doctor(
     *,
     model: MODEL = BUILTIN_MODEL,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    machine: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Write what was measured here, for `plan --machine`."),
+    ] = None,
     engine: EngineConfig,
 ) -> int:
     """Look at this machine, measure its copies, and say what would be pooled for MODEL."""
     del model
+    if machine is not None and machine.suffix != ".json":
+        raise ConfigError(f"{machine} must end in .json", option="machine")
     found = diagnose(engine)
+    if machine is not None:
+        _write(found.measured, machine)
     if json:
         typer.echo(msgspec.json.format(msgspec.json.encode(found), indent=2).decode())
     else:
@@ -80,19 +93,32 @@ def doctor(
     return 0
 
 
+def _write(measured: Measured, path: Path) -> None:
+    body = msgspec.json.format(msgspec.json.encode(measured.machine), indent=2)
+    try:
+        path.write_bytes(body + b"\n")
+    except OSError as error:
+        raise ConfigError(f"cannot write {path}: {error.strerror}", option="machine") from error
+
+
 def diagnose(config: EngineConfig) -> Diagnosis:
-    """Look, measure and plan; takes about a second.
+    """Look, measure and plan; takes about a second, with a GPU a few.
 
     Raises:
         ConfigError, ModelError: no plan can be made for this configuration.
     """
+    from pie_async.cli.measure import measure
+    from pie_async.cli.plan import memory_plan, memory_warning
+
     plan = memory_plan(config)
+    torch = _torch()
     warning = memory_warning(plan)
     return Diagnosis(
         version=__version__,
         hardware=read_hardware(),
-        torch=_torch(),
+        torch=torch,
         copies=_measure_copies(plan.block_bytes // plan.num_layers),
+        measured=measure(gpu=bool(torch.gpus)),
         plan=plan,
         warnings=[warning] if warning else [],
     )
@@ -166,6 +192,8 @@ def _rate(copy: Callable[[], int]) -> float:
 
 def lines(found: Diagnosis) -> Iterator[str]:
     """The diagnosis for people."""
+    from pie_async.cli.plan import plan_lines
+
     hardware = found.hardware
     yield f"pie-async {found.version}, torch {found.torch.version}, Python {hardware.python}"
     yield f"system: {hardware.system}"
@@ -190,6 +218,7 @@ def lines(found: Diagnosis) -> Iterator[str]:
         f"piece, {copies.block_bytes_per_s / 1e9:.1f} GB/s in blocks of "
         f"{format_size(copies.layer_block_bytes)}"
     )
+    yield from _rates(found.measured)
     yield ""
     yield from plan_lines(found.plan)
     for length, (resident, pooled) in found.plan.sequences.items():
@@ -197,6 +226,28 @@ def lines(found: Diagnosis) -> Iterator[str]:
             f"sequences of {length:,} tokens: {resident:,} in the arena, {pooled:,} with the pool"
         )
     yield from found.warnings
+
+
+def _rates(measured: Measured) -> Iterator[str]:
+    gpu = measured.machine.gpu
+    yield (
+        f"{gpu.name}: memory {gpu.hbm_bytes_per_s / 1e9:,.0f} GB/s read and written, products "
+        f"{max(gpu.flops_per_s.values()) / 1e12:,.2f} TFLOP/s at best"
+    )
+    if measured.both_bytes_per_s is None:
+        return
+    yield (
+        f"link: {measured.h2d_bytes_per_s / 1e9:.1f} GB/s to the device, "
+        f"{measured.d2h_bytes_per_s / 1e9:.1f} back; to it {measured.both_bytes_per_s / 1e9:.1f} "
+        "while as much goes back"
+        + _also(measured.h2d_under_compute_bytes_per_s, "while compute takes all of its memory")
+    )
+    if measured.pin_bytes_per_s is not None:
+        yield f"pinning host memory: {measured.pin_bytes_per_s / 1e9:.1f} GB/s"
+
+
+def _also(bytes_per_s: float | None, when: str) -> str:
+    return "" if bytes_per_s is None else f", {bytes_per_s / 1e9:.1f} {when}"
 
 
 def _memory(hardware: Hardware) -> Iterator[str]:

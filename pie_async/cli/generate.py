@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -33,8 +33,7 @@ def generate(
     chat: Annotated[
         bool,
         typer.Option("--chat", rich_help_panel=_PANEL,
-                     help="Treat the prompt as a message to answer. On a terminal, without "
-                     "--prompt: a conversation, line by line."),
+                     help="Treat the prompt as a message to answer; `pie-async chat` converses."),
     ] = False,
     system: Annotated[
         str | None,
@@ -83,8 +82,6 @@ def generate(
         output_kind="delta",
     )
     opening = [{"role": "system", "content": system}] if system is not None else []
-    if chat and prompt is None and sys.stdin.isatty():
-        return run_async(_converse(engine, params, opening))
     text = prompt if prompt is not None else _read_prompt()
     return run_async(_answer_once(engine, params, [*opening, _user(text)] if chat else text))
 
@@ -92,7 +89,7 @@ def generate(
 def _read_prompt() -> str:
     if sys.stdin.isatty():
         raise ConfigError(
-            "give a prompt with --prompt or on standard input, or talk with --chat",
+            "give a prompt with --prompt or on standard input; `pie-async chat` converses",
             option="prompt",
         )
     text = sys.stdin.read()
@@ -110,40 +107,16 @@ async def _answer_once(
     config: EngineConfig, params: SamplingParams, prompt: str | Sequence[dict[str, str]]
 ) -> int:
     async with started(config) as engine:
-        await _stream(engine, prompt, params, _write)
+        await _stream(engine, prompt, params)
         _write("\n")
     return 0
 
 
-async def _converse(
-    config: EngineConfig, params: SamplingParams, history: list[dict[str, str]]
-) -> int:
-    import asyncio
-
-    async with started(config) as engine:
-        while True:
-            try:
-                line = await asyncio.to_thread(input, "> ")
-            except EOFError:
-                return 0
-            if not line.strip():
-                continue
-            history.append(_user(line))
-            answer = await _stream(engine, history, params, _write)
-            _write("\n")
-            history.append({"role": "assistant", "content": answer})
-
-
-async def _stream(
-    engine: Engine, prompt: Any, params: SamplingParams, write: Callable[[str], None]
-) -> str:
-    pieces = []
+async def _stream(engine: Engine, prompt: Any, params: SamplingParams) -> None:
     async with aclosing(engine.generate(prompt, params)) as outputs:
         async for output in outputs:
             for choice in output.outputs:
-                write(choice.text)
-                pieces.append(choice.text)
-    return "".join(pieces)
+                _write(choice.text)
 
 
 def _write(text: str) -> None:

@@ -7,17 +7,17 @@ from collections.abc import Iterator
 import msgspec
 
 from pie_async.assembly.loading import read_model, refuse_quantization, served_name
-from pie_async.assembly.on_sim import SIM_MODEL, SIM_POSITIONS
+from pie_async.assembly.on_sim import SIM_POSITIONS
 from pie_async.assembly.sizing import (
     FEWEST_DEVICE_SLOTS,
     compute_dtype,
     count_device_slots,
     count_host_slots,
+    count_staging_slots,
     longest_sequence,
     model_layout,
 )
 from pie_async.config import (
-    BUILTIN_MODEL,
     DEVICE_KV_BYTES,
     GIB,
     MIB,
@@ -56,6 +56,10 @@ class MemoryPlan(msgspec.Struct, frozen=True, kw_only=True):
     host_pool_bytes: int
     host_blocks: int
     host_tokens: int
+    staging_bytes: int
+    """Most that the staging ring takes; it grows to that only on the CPU."""
+    slack_bytes: int | None
+    """What stays free of the memory that weights and arena are in, about; None: not told."""
     max_model_len: int
     sequences: dict[int, tuple[int, int]]
     """By length in tokens: how many such sequences the arena holds, and arena and pool."""
@@ -97,6 +101,8 @@ def memory_plan(config: EngineConfig) -> MemoryPlan:
         host_pool_bytes=config.host_pool_bytes,
         host_blocks=host_blocks,
         host_tokens=host_blocks * layout.block_tokens,
+        staging_bytes=_staging_bytes(config, layout, host_blocks),
+        slack_bytes=_slack_bytes(config, shape, device_blocks, host_blocks),
         max_model_len=longest,
         sequences={
             length: (
@@ -132,6 +138,32 @@ def plan_lines(plan: MemoryPlan) -> Iterator[str]:
         )
     else:
         yield f"{_pool(plan)} off: what does not fit is recomputed (--host-pool)"
+    staging = f"staging up to {format_size(plan.staging_bytes)}, " if plan.staging_bytes else ""
+    slack = f"; {format_size(plan.slack_bytes)} of memory to spare" if plan.slack_bytes else ""
+    yield (
+        f"in all: weights {format_size(plan.weight_bytes)}, KV {about}"
+        f"{format_size(plan.device_kv_bytes)}, {staging}"
+        f"pool up to {format_size(plan.host_pool_bytes)}{slack}"
+    )
+
+
+def _staging_bytes(config: EngineConfig, layout: KvLayout, host_blocks: int) -> int:
+    """Of the ring: `ring_layers` one-layer buffers of all blocks that an iteration may stream."""
+    slots = host_blocks
+    if config.device == "cuda" or config.max_streamed_bytes is not None:
+        slots = count_staging_slots(config, layout, host_blocks)
+    return slots * layout.ring_layers * layout.layer_block_bytes
+
+
+def _slack_bytes(
+    config: EngineConfig, shape: _Shape, device_blocks: int, host_blocks: int
+) -> int | None:
+    usable = usable_bytes(read_hardware())
+    if config.device != "cpu" or usable is None:
+        return None  # a GPU's is measured once the model is loaded
+    layout = shape.layout
+    taken = shape.weight_bytes + (device_blocks + host_blocks) * layout.block_bytes
+    return max(0, usable - taken - _staging_bytes(config, layout, host_blocks))
 
 
 def _pool(plan: MemoryPlan) -> str:
@@ -201,10 +233,9 @@ def _model_shape(config: EngineConfig) -> _Shape:
 
 
 def _sim_shape(config: EngineConfig) -> _Shape:
-    from pie_async.device.cost_model import shape_named
+    from pie_async.assembly.on_sim import sim_shape
 
-    name = SIM_MODEL if config.model == BUILTIN_MODEL else config.model
-    shape = shape_named(name)
+    name, shape = sim_shape(config.model)
     return _Shape(
         name=name,
         family="simulated",

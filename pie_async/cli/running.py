@@ -17,18 +17,19 @@ if TYPE_CHECKING:
     from pie_async.resilience.engine import ResilientEngine
     from pie_async.runtime.faults import FaultPlan
 
+T = TypeVar("T")
 E = TypeVar("E", "Engine", "ResilientEngine")
 
 
-def run_async(main: Coroutine[Any, Any, int]) -> int:
-    """Run a command on uvloop."""
+def run_async(main: Coroutine[Any, Any, T]) -> T:
+    """Run a command, or a part of one, on uvloop."""
     import uvloop
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(main)
 
 
-def run_in_virtual_time(main: Coroutine[Any, Any, int]) -> int:
+def run_in_virtual_time(main: Coroutine[Any, Any, T]) -> T:
     """Run a command on a clock that jumps: for the simulated device."""
     from pie_async.runtime.virtual_time import VirtualTimeLoop
 

@@ -12,16 +12,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pie_async.cli.options import MODEL, size, with_engine_flags
-from pie_async.cli.plan import memory_plan, memory_warning, plan_lines
+from pie_async.cli.options import MODEL, one_of, size, with_engine_flags
 from pie_async.cli.running import messages, run_async, started, starting
 from pie_async.config import BUILTIN_MODEL, EngineConfig
 from pie_async.errors import ConfigError
-from pie_async.runtime.faults import FaultPlan
 
 if TYPE_CHECKING:
     from pie_async.engine import Engine
     from pie_async.resilience.engine import ResilientEngine
+    from pie_async.runtime.faults import FaultPlan
 
 _PANEL = "Server"
 
@@ -32,12 +31,12 @@ def serve(
     model: MODEL = BUILTIN_MODEL,
     host: Annotated[
         str,
-        typer.Option(envvar="PIE_HOST", show_envvar=False, rich_help_panel=_PANEL,
+        typer.Option(rich_help_panel=_PANEL,
                      help="Address to listen on; 0.0.0.0 is the whole network."),
     ] = "127.0.0.1",
     port: Annotated[
         int,
-        typer.Option(min=0, max=65535, envvar="PIE_PORT", show_envvar=False,
+        typer.Option(min=0, max=65535,
                      rich_help_panel=_PANEL, help="Port; 0 picks a free one."),
     ] = 8000,
     uds: Annotated[
@@ -51,7 +50,7 @@ def serve(
     ] = None,
     api_key_file: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", envvar="PIE_API_KEY_FILE", show_envvar=False,
+        typer.Option(metavar="FILE",
                      rich_help_panel=_PANEL, help="Accept only these keys, one per line."),
     ] = None,
     allowed_host: Annotated[
@@ -76,6 +75,17 @@ def serve(
         typer.Option(min=0.0, metavar="SECONDS", rich_help_panel=_PANEL,
                      help="How long requests may go on after a signal to stop."),
     ] = 30.0,
+    metrics_compat: Annotated[
+        str | None,
+        typer.Option(parser=one_of("vllm"), metavar="vllm", rich_help_panel=_PANEL,
+                     help="Have /metrics under vLLM's names too."),
+    ] = None,
+    otel: Annotated[
+        bool,
+        typer.Option("--otel", rich_help_panel=_PANEL,
+                     help="Send a span for each request to OTEL_EXPORTER_OTLP_ENDPOINT (extra "
+                          "otel)."),
+    ] = False,
     in_process: Annotated[
         bool,
         typer.Option("--in-process", rich_help_panel=_PANEL,
@@ -99,8 +109,14 @@ def serve(
     """
     del model  # it is in the engine's configuration
     from pie_async.api.auth import ApiKeys
+    from pie_async.cli.plan import memory_plan, memory_warning, plan_lines
 
     keys = ApiKeys(_read_keys(api_key_file))  # in clear no longer than this takes
+    tracer = None
+    if otel:
+        from pie_async.api.tracing import tracer_from_environment
+
+        tracer = tracer_from_environment()
     plan_of_faults = _read_faults(faults, is_allowed=allow_faults)
     console = messages()
     plan = memory_plan(engine)
@@ -126,6 +142,8 @@ def serve(
                 running,
                 served_model_name=served_model_name,
                 max_body_bytes=int(max_body),
+                vllm_metrics=metrics_compat == "vllm",
+                tracer=tracer,
                 shutdown_timeout_s=shutdown_timeout,
                 on_ready=_announcer(served_model_name or running.model.name),
             )
@@ -166,6 +184,8 @@ def _announcer(name: str) -> Callable[[str], None]:
         # scripts wait for this line on standard output
         place = f"{url}/v1" if url.startswith("http") else url
         typer.echo(f"serving {name} at {place} (Ctrl-C stops)")
+        if url.startswith("http"):
+            messages().print(f"to watch it, open {url}/ or run: pie-async top {url}", style="dim")
 
     return announce
 
@@ -178,6 +198,8 @@ def _read_faults(path: Path | None, *, is_allowed: bool) -> FaultPlan | None:
             f"{path} would make this server fail on purpose; add --allow-faults if that is meant",
             option="faults",
         )
+    from pie_async.runtime.faults import FaultPlan
+
     return FaultPlan.read(path)
 
 

@@ -84,6 +84,10 @@ class SlotPool:
         index = slot - self.first
         return 0 <= index < self.size and bool(self._is_free[index])
 
+    def num_free_between(self, start: int, stop: int) -> int:
+        """Free ones among the slots of index start .. stop - 1, counted from `first`."""
+        return self._is_free.count(1, start, min(stop, self.size))
+
     def _next(self, *, is_highest: bool) -> int:
         while True:
             index = -self._highest.pop() if is_highest else self._lowest.pop()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TypeVar
 
 import msgspec
@@ -330,20 +331,60 @@ SHAPES: Mapping[str, ModelShape] = {
     ),
 }
 
+USUAL_LINKS: Mapping[str, str] = {
+    "h200": "pcie5",
+    "h100": "pcie5",
+    "gh200": "nvlink-c2c",
+    "b200": "pcie5",
+    "a100": "pcie4",
+    "l40s": "pcie4",
+    "rtx4090": "pcie4",
+}
+"""What joins a GPU to its host's memory where nothing else is said."""
+
+
+class Machine(msgspec.Struct, frozen=True, kw_only=True):
+    """One machine as `pie-async doctor --machine FILE` measured it: to be simulated."""
+
+    gpu: Gpu
+    link: Link
+
+    @classmethod
+    def read(cls, path: Path, *, option: str) -> Machine:
+        """
+        Raises:
+            ConfigError: there is no such file, or it is no machine's.
+        """
+        try:
+            return msgspec.json.decode(path.read_bytes(), type=cls)
+        except OSError as error:
+            raise ConfigError(f"cannot read {path}: {error.strerror}", option=option) from error
+        except (msgspec.DecodeError, RecursionError) as error:
+            raise ConfigError(
+                f"{path} is not what `pie-async doctor --machine FILE` writes: {error}",
+                option=option,
+            ) from error
+
+
+_MACHINE_FILE = ".json"
 _Named = TypeVar("_Named")
 
 
 def gpu_named(name: str, *, option: str = "sim_gpu") -> Gpu:
-    """The GPU of this name.
+    """The GPU of this name, or of the machine in a file.
 
     Raises:
         ConfigError: unknown; lists the known ones.
     """
+    if name.endswith(_MACHINE_FILE):
+        return Machine.read(Path(name), option=option).gpu
     return _named(GPUS, name, "GPU", option)
 
 
 def link_named(name: str, *, option: str = "sim_link") -> Link:
-    """The link of this name; raises ConfigError as `gpu_named`."""
+    """The link of this name, or of the machine in a file; raises ConfigError as `gpu_named`."""
+    if name.endswith(_MACHINE_FILE):
+        return Machine.read(Path(name), option=option).link
     return _named(LINKS, name, "link", option)
 
 

@@ -9,6 +9,8 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any, Literal, Protocol
 
 from pie_async.chat_options import ChatOptions
+from pie_async.live.timeline import Timeline
+from pie_async.live.view import EngineView
 from pie_async.metrics import EngineStats
 from pie_async.outputs import RequestOutput
 from pie_async.sampling_params import SamplingParams
@@ -75,6 +77,14 @@ class Backend(Protocol):
 
     async def tokenize(self, prompt: Prompt) -> list[int]:
         """The token ids that a prompt becomes. Raises: as `submit`."""
+        ...
+
+    async def look(self, *, since_s: float = ...) -> EngineView:
+        """See `Engine`."""
+        ...
+
+    async def timeline(self, *, last_iterations: int = ...) -> Timeline:
+        """See `Engine`."""
         ...
 
     async def submit(

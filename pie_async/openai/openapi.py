@@ -39,6 +39,8 @@ class Operation(NamedTuple):
     """What the events of a stream hold."""
     is_open: bool = False
     """Needs no API key."""
+    is_endless: bool = False
+    """A stream that ends with the server."""
 
 
 OPERATIONS = (
@@ -75,6 +77,15 @@ OPERATIONS = (
     Operation("/metrics", "get", "Figures for Prometheus", "text/plain"),
     Operation("/version", "get", "The server's version", Version),
     Operation("/openapi.json", "get", "This document", "application/json"),
+    Operation("/", "get", "The live page", "text/html", is_open=True),
+    Operation(
+        "/view",
+        "get",
+        "What the engine is doing, as events",
+        "text/event-stream",
+        is_endless=True,
+    ),
+    Operation("/trace", "get", "The last iterations, for Perfetto", "application/json"),
 )
 
 _REFUSALS = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import math
 import random
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
@@ -19,12 +20,14 @@ from pie_async.core.admission import Admission
 from pie_async.errors import EngineStopped, InvalidRequest, PieError
 from pie_async.ids import RequestId, SequenceId
 from pie_async.intake import Intake, Prompt, check_cache_salt
+from pie_async.live.timeline import Timeline
+from pie_async.live.view import EngineView
 from pie_async.messages import Cancel, ReadingChanged, Submit
 from pie_async.metrics import EngineStats
 from pie_async.model_info import ModelInfo
 from pie_async.outputs import RequestOutput
 from pie_async.readers import Readers
-from pie_async.request_stream import RequestStream, SequenceOutput
+from pie_async.request_stream import RequestStream, SequenceOutput, names_of
 from pie_async.resilience.journal import Journal
 from pie_async.resilience.policy import RestartPolicy
 from pie_async.resilience.replay import engine_params
@@ -329,6 +332,19 @@ class ResilientEngine:
         if not self._supervision.is_ready:
             return EngineStats(waiting=len(self._journal))
         return self._supervision.stats
+
+    async def look(self, *, since_s: float = math.inf) -> EngineView:
+        """As `Engine.look`; the clock is that of the engine's process, another one after a restart.
+
+        Raises:
+            EngineStopped: there is no engine now.
+        """
+        view = await self._supervision.look(since_s=since_s)
+        return view.named(names_of(self._streams.values()))
+
+    async def timeline(self, *, last_iterations: int = 200) -> Timeline:
+        """As `Engine.timeline`; raises EngineStopped while there is no engine."""
+        return await self._supervision.timeline(last_iterations=last_iterations)
 
     def _check_accepting(self) -> None:
         if self._supervision.failure is not None:

@@ -14,13 +14,27 @@ import msgspec
 from pie_async.assembly import Progress
 from pie_async.config import EngineConfig
 from pie_async.errors import EngineStopped, PieError
+from pie_async.live.timeline import Timeline
+from pie_async.live.view import EngineView
 from pie_async.messages import Cancel, ReadingChanged, SequencesAdvanced, Submit
 from pie_async.metrics import EngineStats
 from pie_async.model_info import ModelInfo
 from pie_async.resilience.journal import Journal
 from pie_async.resilience.policy import RestartPolicy
 from pie_async.resilience.process import EngineProcess
-from pie_async.resilience.wire import Alive, Failed, FromEngine, Loading, Ready, Shortened
+from pie_async.resilience.questions import Questions
+from pie_async.resilience.wire import (
+    Alive,
+    Failed,
+    FromEngine,
+    Loading,
+    Look,
+    Looked,
+    Ready,
+    Recall,
+    Recalled,
+    Shortened,
+)
 from pie_async.runtime.faults import ApiKilled, FaultPlan, Faults
 
 _log = logging.getLogger(__name__)
@@ -50,6 +64,7 @@ class Supervision:
         self._watch: asyncio.Task[None] | None = None
         self._deaths_s: deque[float] = deque(maxlen=policy.most_restarts + 1)
         self._ended = asyncio.Event()
+        self._questions = Questions()
         self.is_ready = False
         """Whether there is a process that takes requests."""
         self.stats = EngineStats()
@@ -105,6 +120,28 @@ class Supervision:
             self._process.post(command)
             self._try_next_suspect()
 
+    async def look(self, *, since_s: float) -> EngineView:
+        """As `Engine.look`. Raises EngineStopped while there is no process, or if it ends."""
+        looked = await self._questions.ask(
+            self._present(), lambda number: Look(number=number, since_s=since_s)
+        )
+        assert isinstance(looked, Looked)
+        return looked.view
+
+    async def timeline(self, *, last_iterations: int) -> Timeline:
+        """As `Engine.timeline`. Raises as `look`."""
+        recalled = await self._questions.ask(
+            self._present(),
+            lambda number: Recall(number=number, last_iterations=last_iterations),
+        )
+        assert isinstance(recalled, Recalled)
+        return recalled.timeline
+
+    def _present(self) -> EngineProcess:
+        if self._process is None or not self.is_ready:
+            raise self.failure or EngineStopped("the engine is restarting")
+        return self._process
+
     # --- one life after the other -----------------------------------------------------------
 
     async def _keep_running(self, process: EngineProcess) -> None:
@@ -143,6 +180,7 @@ class Supervision:
                     task.cancel()
         finally:
             self._process, self.is_ready = None, False
+            self._questions.fail()
             died_of = await asyncio.shield(process.buried())
         return died_of
 
@@ -217,6 +255,8 @@ class Supervision:
                 self._try_next_suspect()
             case Alive(stats=stats) if stats is not None:
                 self.stats = stats
+            case Looked() | Recalled():
+                self._questions.answered(message)
             case Shortened(max_model_len=longest):
                 model = self.model
                 longest = min(longest, model.max_model_len)

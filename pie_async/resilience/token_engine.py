@@ -11,6 +11,8 @@ import msgspec
 from pie_async.assembly import Parts, Progress, assemble
 from pie_async.config import EngineConfig
 from pie_async.errors import EngineStopped, MailboxClosed
+from pie_async.live.timeline import Timeline, recent_spans, timeline
+from pie_async.live.view import EngineView
 from pie_async.messages import AnyMessage, Cancel, ReadingChanged, SequencesAdvanced, Submit
 from pie_async.metrics import EngineStats
 from pie_async.model_info import ModelInfo
@@ -107,6 +109,17 @@ class TokenEngine:
             block_bytes=self._parts.device.memory.layout.block_bytes,
             uptime_s=asyncio.get_running_loop().time() - self._started_s,
         )
+
+    def look(self, *, since_s: float) -> EngineView:
+        """As `Engine.look`; sequences have no names here."""
+        scheduler = self._actors.scheduler
+        spans = recent_spans(self._story, since_s=since_s, lookback_s=scheduler.issued_ahead_s)
+        return scheduler.view(self._parts.device.memory.layout, self.stats(), spans)
+
+    def timeline(self, *, last_iterations: int) -> Timeline:
+        """As `Engine.timeline`."""
+        now_s = asyncio.get_running_loop().time()
+        return timeline(self._story, last_iterations=last_iterations, now_s=now_s)
 
     async def tell(self, command: Submit | Cancel | ReadingChanged) -> None:
         """Pass a command on, waiting while many are waiting.

@@ -14,6 +14,8 @@ import msgspec
 
 from pie_async.config import EngineConfig
 from pie_async.errors import ConfigError, InvalidRequest, PieError
+from pie_async.live.timeline import Timeline
+from pie_async.live.view import EngineView
 from pie_async.messages import Cancel, Message, ReadingChanged, SequencesAdvanced, Submit
 from pie_async.metrics import EngineStats
 from pie_async.model_info import ModelInfo
@@ -70,6 +72,35 @@ class Alive(Message, frozen=True, kw_only=True):
     """None while it loads."""
 
 
+class Look(Message, frozen=True, kw_only=True):
+    """Command: show what the engine is doing; `Looked` answers."""
+
+    number: int
+    since_s: float
+    """As in `Engine.look`."""
+
+
+class Looked(Message, frozen=True, kw_only=True):
+    """Fact: what there was to see."""
+
+    number: int
+    view: EngineView
+
+
+class Recall(Message, frozen=True, kw_only=True):
+    """Command: tell what happened in the last iterations; `Recalled` answers."""
+
+    number: int
+    last_iterations: int
+
+
+class Recalled(Message, frozen=True, kw_only=True):
+    """Fact: as much of it as is remembered."""
+
+    number: int
+    timeline: Timeline
+
+
 class Failed(Message, frozen=True, kw_only=True):
     """Fact: the engine could not start, or failed; the last message of a process."""
 
@@ -80,8 +111,8 @@ class Failed(Message, frozen=True, kw_only=True):
     """As in `ConfigError`."""
 
 
-ToEngine = Start | Submit | Cancel | ReadingChanged
-FromEngine = Loading | Ready | Shortened | Alive | Failed | SequencesAdvanced
+ToEngine = Start | Submit | Cancel | ReadingChanged | Look | Recall
+FromEngine = Loading | Ready | Shortened | Alive | Failed | SequencesAdvanced | Looked | Recalled
 
 M = TypeVar("M")
 

@@ -22,7 +22,11 @@ from pie_async.resilience.wire import (
     Failed,
     FromEngine,
     Loading,
+    Look,
+    Looked,
     Ready,
+    Recall,
+    Recalled,
     Shortened,
     Start,
     ToEngine,
@@ -88,9 +92,17 @@ async def _run(engine: TokenEngine, wire: Wire[ToEngine]) -> int:
 async def _obey(wire: Wire[ToEngine], engine: TokenEngine) -> None:
     with contextlib.suppress(EngineStopped):  # which `run` tells of
         while (command := await wire.receive()) is not None:
-            if isinstance(command, Start):
-                raise WireError("started twice")
-            await engine.tell(command)
+            match command:
+                case Start():
+                    raise WireError("started twice")
+                case Look():
+                    view = engine.look(since_s=command.since_s)
+                    wire.post(Looked(number=command.number, view=view))
+                case Recall():
+                    timeline = engine.timeline(last_iterations=command.last_iterations)
+                    wire.post(Recalled(number=command.number, timeline=timeline))
+                case _:
+                    await engine.tell(command)
 
 
 async def _report(wire: Wire[ToEngine], engine: TokenEngine | None) -> None:

@@ -7,7 +7,7 @@ from support.fake_cuda_driver import FakeDriver
 
 from pie_async.__main__ import main
 from pie_async.assembly import on_cpu, on_cuda
-from pie_async.cli.options import FLAGS
+from pie_async.cli.options import SETTINGS
 from pie_async.cuda import card_memory, errors
 
 pytestmark = pytest.mark.realtime  # the commands start loops of their own
@@ -33,7 +33,7 @@ def loads_nothing(monkeypatch):
     monkeypatch.setattr(card_memory, "SLACK_BYTES", 0)
     monkeypatch.setattr(on_cpu, "load", load)
     monkeypatch.setattr(on_cuda, "load", load)
-    for flag in FLAGS.values():
+    for flag in SETTINGS.values():
         monkeypatch.delenv(flag.variable, raising=False)
 
 

@@ -10,8 +10,8 @@ import typer
 from pie_async import __version__
 from pie_async.__main__ import main
 from pie_async.cli.options import (
-    FLAGS,
     MODEL,
+    SETTINGS,
     count,
     flag_of,
     rate,
@@ -27,14 +27,14 @@ from pie_async.errors import ConfigError
 def plain_terminal(monkeypatch):
     monkeypatch.setenv("COLUMNS", "100")
     monkeypatch.setenv("NO_COLOR", "1")
-    for flag in FLAGS.values():
+    for flag in SETTINGS.values():
         monkeypatch.delenv(flag.variable, raising=False)
 
 
 def test_every_field_of_the_configuration_but_the_model_has_a_flag():
     fields = {field.name for field in msgspec.structs.fields(EngineConfig)}
-    assert set(FLAGS) == fields - {"model"}
-    assert len({flag.name for flag in FLAGS.values()}) == len(FLAGS)
+    assert set(SETTINGS) == fields - {"model"}
+    assert len({flag.flag for flag in SETTINGS.values()}) == len(SETTINGS)
 
 
 @pytest.mark.parametrize(
@@ -76,7 +76,7 @@ def test_help_names_the_memory_flags_with_their_defaults(command, capsys):
     out = capsys.readouterr().out
     assert "--device-kv" in out
     assert "256.0 MiB" in out
-    assert "PIE_DEVICE_KV" in out
+    assert "PIE_ASYNC_DEVICE_KV" in out
 
 
 def test_version_and_the_list_of_commands(capsys):
@@ -142,7 +142,7 @@ def test_debug_shows_where_an_error_comes_from():
 
 
 def test_the_environment_sets_flags_and_the_command_line_wins(monkeypatch, capsys):
-    monkeypatch.setenv("PIE_DEVICE_KV", "8MiB")
+    monkeypatch.setenv("PIE_ASYNC_DEVICE_KV", "8MiB")
     assert main(["doctor", "--json"]) == 0
     assert plan_of(capsys)["device_kv_bytes"] == 8 * 2**20
     assert main(["doctor", "--json", "--device-kv", "4MiB"]) == 0
@@ -150,7 +150,7 @@ def test_the_environment_sets_flags_and_the_command_line_wins(monkeypatch, capsy
 
 
 def test_a_bad_environment_value_is_refused_like_a_flag(monkeypatch, capsys):
-    monkeypatch.setenv("PIE_HOST_POOL", "lots")
+    monkeypatch.setenv("PIE_ASYNC_HOST_POOL", "lots")
     assert main(["doctor"]) == 2
     assert "'lots'" in capsys.readouterr().err
 
@@ -185,7 +185,7 @@ def test_help_loads_neither_torch_nor_aiohttp():
 )
 def test_prefix_caching_is_on_unless_it_is_switched_off(arguments, environment, is_on, monkeypatch):
     if environment is not None:
-        monkeypatch.setenv("PIE_PREFIX_CACHING", environment)
+        monkeypatch.setenv("PIE_ASYNC_PREFIX_CACHING", environment)
     found = []
 
     def command(model: MODEL, engine: EngineConfig) -> None:

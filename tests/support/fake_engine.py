@@ -7,18 +7,36 @@ happens without being allowed to: `gate` holds all streams back at a token of th
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+
+import msgspec
 
 from pie_async.chat_options import ChatOptions
 from pie_async.errors import ContextTooLong, EngineStopped, InvalidRequest, PieError
 from pie_async.intake import check_cache_salt
+from pie_async.live.timeline import Timeline
+from pie_async.live.view import EngineView, MemoryMap
 from pie_async.metrics import EngineStats
 from pie_async.outputs import CompletionOutput, Logprob, RequestOutput, TokenLogprobs
 from pie_async.sampling_params import SamplingParams
 
 VOCAB_SIZE = 0x3000
 CACHED_TOKENS = 2
+
+
+NOTHING_TO_SEE = EngineView(
+    now_s=0.0,
+    stats=EngineStats(),
+    memory=MemoryMap(
+        num_layers=2, groups=(0, 1), ring_depth=2, arena=".", ring="", pool="",
+        arena_slots=1, ring_slots=0, pool_slots=0,
+    ),
+    sequences=(),
+    limits=(),
+    spans=(),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -78,6 +96,10 @@ class FakeEngine:
     is_running: bool = True
     is_accepting: bool = True
     snapshot: EngineStats = field(default_factory=EngineStats)
+    seen: EngineView = field(default_factory=lambda: NOTHING_TO_SEE)
+    """What `look` shows."""
+    looks: list[float] = field(default_factory=list)
+    """What each look asked for."""
 
     def __post_init__(self) -> None:
         self.gate = asyncio.Event()
@@ -94,6 +116,15 @@ class FakeEngine:
 
     async def tokenize(self, prompt: str | Sequence[Mapping[str, str]]) -> list[int]:
         return list(self._tokens(prompt))
+
+    async def look(self, *, since_s: float = math.inf) -> EngineView:
+        if not self.is_running:
+            raise EngineStopped("the engine is restarting")
+        self.looks.append(since_s)
+        return msgspec.structs.replace(self.seen, now_s=asyncio.get_running_loop().time())
+
+    async def timeline(self, *, last_iterations: int = 200) -> Timeline:
+        return Timeline(now_s=1.0, spans=self.seen.spans, requests=(), limits=(), iterations=0)
 
     async def submit(
         self,
