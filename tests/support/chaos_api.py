@@ -13,8 +13,9 @@ from typing import Any
 
 from pie_async.engine import Engine
 from pie_async.errors import PieError
-from pie_async.openai.answer import DONE, Answer
+from pie_async.openai.answer import Answer
 from pie_async.openai.errors import error_reply
+from pie_async.openai.framing import DONE
 from pie_async.openai.service import OpenAIService
 from pie_async.testing import expected_tokens
 from tests.support.chaos import Chaos, Client
@@ -62,6 +63,9 @@ def _body(client: Client, *, is_streamed: bool) -> bytes:
         "cache_salt": client.cache_salt,
         "stream": is_streamed,
     }
+    if params.structured_outputs is not None:
+        guide = params.structured_outputs
+        body["structured_outputs"] = {guide.kind: getattr(guide, guide.kind)}
     if is_streamed:
         body["stream_options"] = {"include_usage": True}
     return json.dumps(body).encode()
