@@ -73,7 +73,10 @@ def create_app(
     """
     metrics = ServerMetrics(engine)
     in_flight = InFlight()
-    model = served_model_name or engine.model.name
+
+    def model() -> str:  # once somebody asks: the engine may be started later
+        return served_model_name or engine.model.name
+
     service = OpenAIService(
         engine,
         served_model_name=served_model_name,

@@ -6,6 +6,7 @@ the GenAI conventions that are known here; its events are the first token and th
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from aiohttp import web
@@ -41,8 +42,8 @@ def tracer_from_environment() -> Any:
     return provider.get_tracer("pie_async")
 
 
-def trace_requests(tracer: Any, model: str) -> Middleware:
-    """Surrounds every request under /v1 with a span."""
+def trace_requests(tracer: Any, model: Callable[[], str]) -> Middleware:
+    """Surrounds every request under /v1 with a span; `model` says what its name is by then."""
     from opentelemetry.propagate import extract
     from opentelemetry.trace import SpanKind, Status, StatusCode
 
@@ -52,12 +53,12 @@ def trace_requests(tracer: Any, model: str) -> Middleware:
         if operation is None:
             return await handler(request)
         with tracer.start_as_current_span(
-            f"{operation} {model}",
+            f"{operation} {model()}",
             context=extract(request.headers),
             kind=SpanKind.SERVER,
             attributes={
                 "gen_ai.operation.name": operation,
-                "gen_ai.request.model": model,
+                "gen_ai.request.model": model(),
                 "http.request.method": request.method,
                 "url.path": request.path,
             },

@@ -6,7 +6,7 @@ and decode time of single requests) is missing rather than guessed.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -22,7 +22,7 @@ _DIRECTIONS = {"h2d": "CPU_to_GPU", "d2h": "GPU_to_CPU"}
 Samples = Mapping[str, list[tuple[Mapping[str, str], float]]]
 
 
-def with_vllm_names(own: CollectorRegistry, model: str) -> CollectorRegistry:
+def with_vllm_names(own: CollectorRegistry, model: Callable[[], str]) -> CollectorRegistry:
     """A registry that has everything twice: as it is, and under vLLM's names."""
     both = CollectorRegistry()
     both.register(_Forward(own))
@@ -44,14 +44,16 @@ class _Forward(Collector):
 class VllmNames(Collector):
     """Reads another registry when asked; keeps nothing."""
 
-    def __init__(self, own: CollectorRegistry, model: str) -> None:
+    def __init__(self, own: CollectorRegistry, model: Callable[[], str]) -> None:
         self._own = own
-        self._model = {"model_name": model}
+        self._name = model
+        self._model: Mapping[str, str] = {}
 
     def describe(self) -> Iterable[Metric]:
         return ()
 
     def collect(self) -> Iterator[Metric]:
+        self._model = {"model_name": self._name()}
         families = {family.name: family for family in self._own.collect()}
         found: dict[str, list[tuple[Mapping[str, str], float]]] = {}
         for family in families.values():

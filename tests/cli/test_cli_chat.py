@@ -106,7 +106,8 @@ def test_a_failed_call_does_not_leave_the_loop_behind() -> None:
     async def fail() -> None:
         raise ValueError("no")
 
+    handler = signal.getsignal(signal.SIGINT)
     with pytest.raises(ValueError, match="no"), LoopThread() as loop:
         loop.call(fail())
     assert "pie-loop" not in {thread.name for thread in threading.enumerate()}
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is handler
