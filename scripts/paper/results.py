@@ -67,7 +67,7 @@ class Results:
         try:
             from matplotlib.figure import Figure
         except ImportError:
-            print("no plot: install matplotlib (the extra 'paper')")
+            print("no plot: install matplotlib (the extra 'plot')")
             return
         figure = Figure(figsize=(9, 5), layout="constrained")
         self._plot(figure, self.rows)
