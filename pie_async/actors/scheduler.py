@@ -202,10 +202,14 @@ class SchedulerActor(Actor[SchedulerMail]):
             case PoolShrunk():
                 size.told(mail.slots, is_all=False)
                 if self._schedule.is_resting:
-                    self._to.swap_out.post(ResizePool(slots=size.shrink()))
+                    self._resize_pool(size.shrink())
             case ReviewPool():
-                slots = size.review() if self._schedule.is_resting else size.target
-                self._to.swap_out.post(ResizePool(slots=slots))
+                self._resize_pool(size.review() if self._schedule.is_resting else size.target)
+
+    def _resize_pool(self, slots: int) -> None:
+        # Chunks go one after the other also while the engine ends, and swap-out has ended first.
+        with contextlib.suppress(MailboxClosed):
+            self._to.swap_out.post(ResizePool(slots=slots))
 
     # --- planning ---------------------------------------------------------------------------
 

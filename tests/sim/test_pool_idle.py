@@ -63,6 +63,14 @@ async def test_an_idle_pool_gives_its_memory_back_and_takes_it_again():
     assert said == kept
 
 
+async def test_an_engine_may_end_while_its_pool_is_given_back():
+    """Chunks go one by one: some are still to go when swap-out has ended."""
+    for moment in range(40):
+        async with Engine(config_of(pool_idle_s=0.5)) as engine:
+            await asyncio.sleep(0.5 + moment * 1e-6)
+        assert engine.failure is None
+
+
 async def test_while_something_runs_the_pool_keeps_its_memory():
     async with Engine(config_of(pool_idle_s=0.0005)) as engine:
         most, sizes = engine.stats().host_blocks, []
