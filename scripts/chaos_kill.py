@@ -23,14 +23,18 @@ import statistics
 import sys
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 
-import msgspec
 import uvloop
 
 from pie_async import EngineConfig, RequestOutput, SamplingParams
 from pie_async.errors import EngineStopped, PieError
 from pie_async.resilience.engine import ResilientEngine
 from pie_async.resilience.policy import RestartPolicy
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from scripts.paper.options import setting
 
 POLL_S = 0.002
 LONGEST_LIFE_S = 2.0
@@ -153,15 +157,6 @@ async def run(arguments: argparse.Namespace) -> int:
             task.cancel()
         await asyncio.wait(asking)
     return report(arguments, tally)
-
-
-def setting(text: str) -> tuple[str, object]:
-    """An engine option and its value; SystemExit says what it must look like."""
-    name, _, value = text.partition("=")
-    try:
-        return name, msgspec.json.decode(value)
-    except msgspec.DecodeError:
-        raise SystemExit(f"--set {text}: the value must be JSON, as in 'device=\"cuda\"'") from None
 
 
 def report(arguments: argparse.Namespace, tally: Tally) -> int:

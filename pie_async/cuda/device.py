@@ -11,6 +11,7 @@ import asyncio
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -206,14 +207,17 @@ class CudaDevice:
 
     def _compute(self, work: Work) -> None:
         """Issue torch operations to the compute stream."""
-        if self.compute.fault is not None:
+        self._issue_torch(self.compute, work)
+
+    def _issue_torch(self, stream: CudaStream, work: Work) -> None:
+        if stream.fault is not None:
             return
-        self.compute.note_work()
+        stream.note_work()
         try:
-            with self._driver.torch_on(self.compute.handle), torch.inference_mode():
+            with self._driver.torch_on(stream.handle), torch.inference_mode():
                 work()
         except Exception as error:  # surfaces at the next event
-            self.compute.fail(error)
+            stream.fail(error)
 
     @property
     def _model(self) -> Runner:
@@ -253,11 +257,12 @@ class CudaDevice:
         find: FindCopies = to_host if kind == "demote" else to_device
         if outcome == "corrupted":
             find = _shifted(find, self.memory.layout.item_bytes)
-        if kind == "demote":
-            self._check(stream, lambda sums: sums.remember(layers, runs))
+        sums = self._checksums
+        if sums is not None and kind == "demote":
+            self._issue_torch(stream, partial(sums.remember, layers, runs))
         self._issue(stream, find, layers, runs)
-        if kind != "demote":
-            self._check(stream, lambda sums: self._compare(sums, stream, layers, runs))
+        if sums is not None and kind != "demote":
+            self._issue_torch(stream, partial(_compare, sums, stream, layers, runs))
 
     def _issue(
         self, stream: CudaStream, find: FindCopies, layers: range, runs: Sequence[CopyRun]
@@ -269,23 +274,6 @@ class CudaDevice:
             self._driver.copy(find(self._pool, self.arena, layers, runs), stream.handle)
         except Exception as error:  # surfaces at the next event
             stream.fail(error)
-
-    def _check(self, stream: CudaStream, work: Callable[[Checksums], None]) -> None:
-        """Issue work with checksums to the stream of a copy, if they are wanted."""
-        if self._checksums is None or stream.fault is not None:
-            return
-        stream.note_work()
-        try:
-            with self._driver.torch_on(stream.handle), torch.inference_mode():
-                work(self._checksums)
-        except Exception as error:  # surfaces at the next event
-            stream.fail(error)
-
-    def _compare(
-        self, sums: Checksums, stream: CudaStream, layers: range, runs: Sequence[CopyRun]
-    ) -> None:
-        for slots, is_wrong in sums.compare(layers, runs):
-            stream.attempts.will_tell(slots, is_wrong)
 
     # --- completions ------------------------------------------------------------------------
 
@@ -356,6 +344,12 @@ def _shifted(find: FindCopies, item_bytes: int) -> FindCopies:
         return copies
 
     return found
+
+
+def _compare(sums: Checksums, stream: CudaStream, layers: range, runs: Sequence[CopyRun]) -> None:
+    """Have the stream tell which blocks arrived wrong."""
+    for slots, is_wrong in sums.compare(layers, runs):
+        stream.attempts.will_tell(slots, is_wrong)
 
 
 def _model_pass(forward: Pass) -> Results:

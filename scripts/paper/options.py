@@ -102,11 +102,11 @@ def engine_config(given: argparse.Namespace, kv_bytes: int, **fields: Any) -> En
         "prefix_caching": False,
         "max_queued_requests": MOST_QUEUED,
     }
-    asked |= dict(map(_setting, given.set))
+    asked |= dict(map(setting, given.set))
     return EngineConfig(**{**asked, **fields})
 
 
-def _setting(text: str) -> tuple[str, Any]:
+def setting(text: str) -> tuple[str, Any]:
     """A name and its value; SystemExit says what the value must look like."""
     name, _, value = text.partition("=")
     try:
