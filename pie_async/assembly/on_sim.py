@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -30,6 +31,9 @@ from pie_async.device.sim import SimDevice
 from pie_async.model.guides import GuideCompiler, GuideRoom, TimedGuides, mask_shape
 from pie_async.model_info import ModelInfo
 
+if TYPE_CHECKING:
+    from pie_async.model.config import ModelConfig
+
 SIM_MODEL = "llama-3.1-8b"
 """The shape that stands for "builtin" on the simulated device."""
 SIM_POSITIONS = 131_072
@@ -47,18 +51,26 @@ def sim_shape(model: str) -> tuple[str, ModelShape]:
     from pie_async.model.config import read_config
 
     read = read_config(Path(model))
-    shape = ModelShape(
-        num_layers=read.num_layers,
-        hidden_size=read.hidden_size,
-        num_heads=read.num_heads,
-        kv_heads=read.kv_heads,
-        head_dim=read.head_dim,
-        intermediate_size=read.intermediate_size,
-        vocab_size=read.vocab_size,
-        is_gated=read.is_gated,
-        weight_item_bytes=2 if read.quantization is None else 1,
+    weight_item_bytes = 2 if read.quantization is None else 1
+    return Path(model).resolve().name, shape_of(read, weight_item_bytes=weight_item_bytes)
+
+
+def shape_of(
+    model: ModelConfig, *, weight_item_bytes: int = 2, kv_item_bytes: int = 2
+) -> ModelShape:
+    """The sizes of a model that the cost model asks for."""
+    return ModelShape(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        num_heads=model.num_heads,
+        kv_heads=model.kv_heads,
+        head_dim=model.head_dim,
+        intermediate_size=model.intermediate_size,
+        vocab_size=model.vocab_size,
+        is_gated=model.is_gated,
+        weight_item_bytes=weight_item_bytes,
+        kv_item_bytes=kv_item_bytes,
     )
-    return Path(model).resolve().name, shape
 
 
 def assemble_sim(config: EngineConfig) -> Parts:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from pie_async.assembly.loading import read_model
+from pie_async.assembly.on_sim import shape_of as sizes_of
 from pie_async.config import EngineConfig
 from pie_async.device.cost_model import GPUS, LINKS, CostModel, ModelShape, Work
 
@@ -44,15 +45,5 @@ class Roofline(NamedTuple):
 def shape_of(config: EngineConfig, dtype: str) -> ModelShape:
     """The sizes of the model that an engine of this configuration runs."""
     _, model = read_model(config)
-    return ModelShape(
-        num_layers=model.num_layers,
-        hidden_size=model.hidden_size,
-        num_heads=model.num_heads,
-        kv_heads=model.kv_heads,
-        head_dim=model.head_dim,
-        intermediate_size=model.intermediate_size,
-        vocab_size=model.vocab_size,
-        is_gated=model.is_gated,
-        weight_item_bytes=ITEM_BYTES[dtype],
-        kv_item_bytes=ITEM_BYTES[dtype],
-    )
+    item_bytes = ITEM_BYTES[dtype]
+    return sizes_of(model, weight_item_bytes=item_bytes, kv_item_bytes=item_bytes)
