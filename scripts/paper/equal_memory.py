@@ -164,8 +164,9 @@ async def _measure(given: argparse.Namespace, link: str | None, kv_bytes: int) -
     config = engine_config(given, kv_bytes, **fields, **MODES[mode])
     items = requests_of(given, given.workload, given.requests)
     row = await measure(
-        config, items, mode=mode, workload=given.workload, seed=given.seed, limit_s=given.seconds
-    )
+        config, items, mode=mode, workload=given.workload, seed=given.seed,
+        limit_s=given.seconds, until=given.until,
+    )  # fmt: skip
     print(
         f"{given.model}, {link or 'no pool'}, {kv_bytes / 2**30:.3f} GiB: "
         f"{row.steady_tokens_per_s:.0f} tokens/s",
@@ -258,6 +259,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--workload", default="sharegpt-like", help="or a trace's file")
     add("--requests", type=int, default=1000, help="all there at once")
     add("--seconds", type=float, help="cut every run off; without it all requests are answered")
+    add("--until", type=float, default=1.0, help="cut off at this share of the asked output")
     return parser
 
 
