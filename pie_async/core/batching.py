@@ -63,7 +63,7 @@ def _position(schedule: Schedule) -> tuple[int, ...]:
         schedule.residency.free_device,
         schedule.residency.available_host,
         schedule.residency.num_streamed,
-        schedule.is_starved,
+        schedule.num_starved,
     )
 
 
@@ -74,7 +74,7 @@ def _plan_once(schedule: Schedule, iteration: IterationId) -> IterationPlan:
     batch.decode()
     batch.prefill()
     batch.admit()
-    schedule.starved_plans = schedule.starved_plans + 1 if schedule.is_starved else 0
+    schedule.starved_plans = schedule.starved_plans + 1 if schedule.num_starved else 0
     plan.swap_out, promotions = pressure.relieve(schedule, batch.next_chunk_blocks)
     schedule.promotions.extend(promotions)
     plan.swap_in = _next_promotions(schedule, is_running=bool(plan.rows))
@@ -107,7 +107,7 @@ class _Batch:
         self._prompts: list[Sequence] = []
         """Running sequences whose prompts are not computed yet."""
         self._decode_rows = 0
-        schedule.is_starved = False
+        schedule.num_starved = 0
         self._promised_blocks = 0
         self.next_chunk_blocks = 0
         """Blocks that prompts under way want in the iteration after this one."""
@@ -125,7 +125,7 @@ class _Batch:
                     self._add(seq, 1)
                     self._decode_rows += 1
                 else:
-                    self._schedule.is_starved = True
+                    self._schedule.num_starved += 1
 
     def _holds_guided(self) -> bool:
         """Whether guided sequences wait for the iteration in flight. If nothing else is to be
@@ -180,7 +180,7 @@ class _Batch:
         if num_tokens > 0 and self._has_room(seq, num_tokens):
             self._add(seq, num_tokens)
         elif self._budget:
-            self._schedule.is_starved = True
+            self._schedule.num_starved += 1
         rest = self._schedule.blocks_for(len(seq.tokens)) - len(seq.table)
         self._promised_blocks += rest
         self.next_chunk_blocks += min(rest, self._schedule.token_budget // size + 1)

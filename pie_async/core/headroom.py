@@ -20,9 +20,10 @@ LONG_STALL = 0.2
 """Smoothed stall that is cut whatever its cause."""
 LINK_SHARE = 0.95
 """Part of the link's time that staging may fill."""
-STALL_TOLERANCE = 0.02
+STALL_TOLERANCE = 0.01
 """Stall per compute time, smoothed, up to which swaps count as hidden: above what a late
-wake-up costs now and then, below what anybody would notice."""
+wake-up costs now and then, below what anybody would notice. An H200 stalls for 0.15 % of the time
+while three quarters of its PCIe link are busy, for 1.1 % at 93 % and for 1.9 % at 98 %."""
 FIRST_STEP_BLOCKS = 4
 """What is tried before the link's rate has been seen."""
 KNOWN_STEP = 0.25

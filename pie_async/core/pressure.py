@@ -60,8 +60,8 @@ def wanted_streamed(schedule: Schedule) -> int:
 def preempt(schedule: Schedule) -> None:
     """Before an iteration is put together: stop what cannot go on.
 
-    A sequence is parked when more is streamed than may be, or when another one found no device
-    slot and none is about to be freed. With the pool full as well, the parked sequence that
+    A sequence is parked when more is streamed than may be, or when others found no device slot and
+    fewer are about to be freed. With the pool full as well, the parked sequence that
     would come back last gives its KV up; before it, and for whoever waits for room, those that
     nobody reads.
     """
@@ -71,8 +71,8 @@ def preempt(schedule: Schedule) -> None:
     # First, for every iteration stalls meanwhile; and what is parked gives device slots up too.
     if _is_over_limit(schedule) and _shrink(schedule):
         return
-    if schedule.starved_plans > PATIENCE_PLANS or (schedule.is_starved and not schedule.in_flight):
-        if residency.free_device + residency.coming_device > 0:
+    if schedule.starved_plans > PATIENCE_PLANS or (schedule.num_starved and not schedule.in_flight):
+        if residency.free_device + residency.coming_device >= schedule.num_starved:
             return
         leaving = any(map(_holds_device, (*schedule.paused, *schedule.parked)))
         if not leaving and len(schedule.running) > 1:
@@ -228,7 +228,7 @@ def _is_short(schedule: Schedule) -> bool:
     if residency.available_host > 0:
         return False
     wanted = 0
-    if schedule.is_starved:
+    if schedule.num_starved:
         wanted = 1
     elif schedule.free_lanes and schedule.parked:
         wanted = len(schedule.parked[0].table) + 1

@@ -258,7 +258,7 @@ def test_room_for_the_next_block_is_made_before_it_is_needed():
         device.settle()
     left = len(seq.table) * 4 - seq.num_launched
     assert 0 < left <= LOOKAHEAD_ITERATIONS
-    assert not device.schedule.is_starved
+    assert not device.schedule.num_starved
 
 
 # --- the limit ------------------------------------------------------------------------------
@@ -338,12 +338,32 @@ def test_under_a_limit_that_was_lowered_a_little_sequences_grow_and_none_starts(
     while schedule.residency.num_streamed <= streamed:
         device.step()
     assert set(schedule.running) <= running
-    assert not schedule.is_starved and not schedule.parked
+    assert not schedule.num_starved and not schedule.parked
     while not schedule.parked:
         device.step()
         assert schedule.residency.num_streamed <= most
     device.run()
     assert device.outputs == {s: expected(s, 12, 60 if s < 9 else 12) for s in range(1, 10)}
+
+
+def test_one_is_parked_when_more_sequences_wait_for_a_block_than_blocks_are_about_to_be_freed():
+    device = PerfectDevice(a_schedule(device_slots=20, host_slots=60, streamed_limit=40))
+    for _ in range(4):
+        device.submit(12, 30)
+    schedule, residency = device.schedule, device.schedule.residency
+    while not residency.coming_device:
+        device.step()
+    assert not schedule.parked and len(schedule.running) == 4
+    schedule.starved_plans = PATIENCE_PLANS + 1
+    schedule.num_starved = residency.free_device + residency.coming_device
+    preempt(schedule)
+    assert not schedule.parked  # each of them gets one in a moment
+    newest = schedule.running[-1]
+    schedule.num_starved += 1
+    preempt(schedule)
+    assert schedule.parked == [newest]
+    device.run()
+    assert device.outputs == {s: expected(s, 12, 30) for s in (1, 2, 3, 4)}
 
 
 def test_a_lowered_limit_is_respected_also_where_sequences_wait_for_slots_that_are_coming():
@@ -354,7 +374,7 @@ def test_a_lowered_limit_is_respected_also_where_sequences_wait_for_slots_that_a
     while not (schedule.residency.num_streamed >= 6 and schedule.residency.coming_device):
         device.step()
     schedule.streamed_limit = 0
-    schedule.is_starved, schedule.starved_plans = True, PATIENCE_PLANS + 1
+    schedule.num_starved, schedule.starved_plans = 1, PATIENCE_PLANS + 1
     parked, streamed = len(schedule.parked), schedule.residency.num_streamed
     preempt(schedule)
     assert len(schedule.parked) == parked + 1
