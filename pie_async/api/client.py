@@ -67,14 +67,14 @@ class CompletionsClient:
         with named_failures(self._base):
             async with self._http.get(f"{self._base}/models") as answer:
                 await check(answer)
-                listed = [entry["id"] for entry in (await answer.json())["data"]]
+                listed = [str(entry["id"]) for entry in (await answer.json())["data"]]
         if self._model is not None and self._model not in listed:
             raise ServerError(
                 f"{self._base} has no model {self._model!r}; it has {', '.join(listed)}"
             )
         if not listed:
             raise ServerError(f"{self._base} serves no model")
-        return self._model or str(listed[0])
+        return self._model or listed[0]
 
     async def stream(
         self, prompt: Sequence[int], *, output_tokens: int
