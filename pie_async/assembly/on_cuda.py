@@ -290,7 +290,7 @@ def _tuned(config: EngineConfig, limits: Limits, decoder: Decoder) -> Product | 
     """The fastest products for this model on this card; None where torch's own are asked for."""
     if config.kernels == "torch":
         return None
-    from pie_async.cuda.graphs import buckets
+    from pie_async.core.batch_shapes import buckets
     from pie_async.cuda.tuning import Tuner
 
     quantization = decoder.config.quantization

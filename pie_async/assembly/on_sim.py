@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,7 @@ from pie_async.assembly.sizing import (
     model_layout,
 )
 from pie_async.config import BUILTIN_MODEL, EngineConfig
+from pie_async.core.batch_shapes import batch_shape
 from pie_async.device.cost_model import (
     CostModel,
     ModelShape,
@@ -103,14 +105,20 @@ def assemble_sim(config: EngineConfig) -> Parts:
         num_parameters=shape.weight_bytes // shape.weight_item_bytes,
         weight_bytes=shape.weight_bytes,
     )
+    limits = default_limits(config)
     device = SimDevice(
         memory=memory,
         cost=cost,
         seed=config.seed,
         checked=config.debug,
         checks_copies=config.check_copies,
+        padded=partial(
+            batch_shape,
+            largest=limits.max_running_sequences if config.cuda_graphs else 0,
+            max_tokens=limits.token_budget,
+        ),
     )
-    limits, tokenizer = default_limits(config), ByteTokenizer(shape.vocab_size)
+    tokenizer = ByteTokenizer(shape.vocab_size)
     compiler = GuideCompiler(tokenizer, shape.vocab_size, (), is_inline=True)
     masks = np.zeros(mask_shape(limits.max_running_sequences, shape.vocab_size), np.int32)
     device.use_masks(masks)

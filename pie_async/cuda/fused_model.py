@@ -8,6 +8,7 @@ from itertools import islice
 import torch
 from torch import Tensor
 
+from pie_async.core.batch_shapes import SPARE_ROWS
 from pie_async.core.layout import KvLayout
 from pie_async.cuda.fused_decoder import FusedDecoder, Hidden, Product
 from pie_async.cuda.kernels.inputs import apply_updates, remember, resolve
@@ -23,8 +24,6 @@ GREEDY = Needs()
 DRAWN = Needs(draws=True)
 PAD_TOKENS = 8
 """Tokens of an iteration without a graph are padded to a multiple: cuBLAS likes it."""
-SPARE_ROWS = 16
-"""Rows of prompts that a graph has room for beside those of one token."""
 _MOST_UPDATES = 1 << 16
 """Block-table updates of one copy: with room for all entries of all lanes, four pinned buffers
 for 256 lanes of a million tokens would take a gigabyte."""

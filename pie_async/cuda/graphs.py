@@ -90,23 +90,3 @@ def _no_collection() -> Iterator[None]:
     finally:
         if was_enabled:
             gc.enable()
-
-
-def bucket_of(num_rows: int, largest: int) -> int | None:
-    """The padded batch size that `num_rows` rows are run with; None: too many for a graph.
-
-    1, 2, 4, then multiples of 8 to 64, of 16 to 256, of 32 beyond: at most an eighth is padding
-    where an iteration costs more than reading the weights.
-    """
-    if num_rows > largest:
-        return None
-    for size in (1, 2, 4):
-        if num_rows <= size:
-            return min(size, largest)
-    step = 8 if num_rows <= 64 else 16 if num_rows <= 256 else 32
-    return min(-(-num_rows // step) * step, largest)
-
-
-def buckets(largest: int) -> list[int]:
-    """All sizes that `bucket_of` gives, rising."""
-    return sorted({bucket_of(rows, largest) or largest for rows in range(1, largest + 1)})

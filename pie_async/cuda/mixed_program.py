@@ -8,22 +8,15 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from pie_async.core.batch_shapes import SPARE_ROWS
 from pie_async.cuda.decode_program import DecodeProgram, most_updates
-from pie_async.cuda.fused_model import SPARE_ROWS, FusedModel
+from pie_async.cuda.fused_model import FusedModel
 from pie_async.cuda.step_inputs import Updates, last_tokens
 from pie_async.messages import Row
 from pie_async.model.sampling import Needs, Sampled
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-PROMPT_SIZES = (64, 128, 192, 256, 384, 512)
-"""What the tokens of such rows, together, are padded to: beside many sequences padding is computed
-in earnest (32 requests/s of a 32B shape: without 192 and 384 iterations are a tenth longer, as far
-as the simulator can tell). More tokens keep the GPU busy for as long as it takes to launch their
-kernels."""
-_DECODE_SIZES = (8, 32, 64, 128, 160, 192, 224)
-"""Close together where padding is computed in earnest: below, reading the weights takes as long."""
 
 
 class MixedProgram(DecodeProgram):
@@ -33,7 +26,7 @@ class MixedProgram(DecodeProgram):
     lane and the position to sample, then the tiles [t, 4] of `prefill_attention`.
 
     Args:
-        prompt_tokens: one of `PROMPT_SIZES`.
+        prompt_tokens: one of `core/batch_shapes.py`'s `PROMPT_SIZES`.
     """
 
     def __init__(
@@ -86,39 +79,3 @@ class MixedProgram(DecodeProgram):
         where, lanes, positions = self._last
         hidden = self._hidden.rows(lambda tokens: tokens.index_select(0, where))
         self._chosen = self._model.choose(hidden, lanes, positions, self._needs)
-
-
-def mixed_shape(rows: Sequence[Row], largest: int, max_tokens: int) -> tuple[int, int] | None:
-    """Bucket and prompt tokens of the program for these rows; None: there is none.
-
-    Args:
-        largest: most rows of one token.
-        max_tokens: most tokens of an iteration.
-    """
-    prompts = [row.num_tokens for row in rows if row.num_tokens > 1]
-    if len(prompts) > SPARE_ROWS:
-        return None
-    decode = _next_size(len(rows) - len(prompts), _decode_sizes(largest))
-    tokens = _next_size(sum(prompts), _prompt_sizes(max_tokens))
-    return None if decode is None or tokens is None else (decode, tokens)
-
-
-def mixed_shapes(largest: int, max_tokens: int) -> list[tuple[int, int]]:
-    """All that `mixed_shape` gives, largest first."""
-    return [
-        (decode, tokens)
-        for tokens in reversed(_prompt_sizes(max_tokens))
-        for decode in reversed(_decode_sizes(largest))
-    ]
-
-
-def _decode_sizes(largest: int) -> list[int]:
-    return [*(size for size in _DECODE_SIZES if size < largest), largest] if largest else []
-
-
-def _prompt_sizes(max_tokens: int) -> list[int]:
-    return [size for size in PROMPT_SIZES if size <= max_tokens]
-
-
-def _next_size(number: int, sizes: Sequence[int]) -> int | None:
-    return next((size for size in sizes if number <= size), None)

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
+from pie_async.core.batch_shapes import batch_shape, batch_shapes
 from pie_async.cuda.decode_program import DecodeProgram, graphable
 from pie_async.cuda.fused_model import GREEDY, FusedModel
-from pie_async.cuda.graphs import bucket_of, buckets
-from pie_async.cuda.mixed_program import MixedProgram, mixed_shape, mixed_shapes
+from pie_async.cuda.mixed_program import MixedProgram
 from pie_async.messages import Row
 from pie_async.model.sampling import Needs
 
@@ -53,19 +53,13 @@ class Programs:
         """
         if not rows or any(map(self._model.lanes.wants_scores, rows)):
             return None
-        shape = self._shape(rows)
+        shape = batch_shape(rows, largest=self._largest, max_tokens=self._max_tokens)
         if shape is None:
             return None
         key = *shape, graphable(needs), is_staged
         if key not in self._captured and key not in self._wanted:
             self._wanted.append(key)
         return self._captured.get(key)
-
-    def _shape(self, rows: Sequence[Row]) -> tuple[int, int] | None:
-        if rows[-1].num_tokens > 1:
-            return mixed_shape(rows, self._largest, self._max_tokens)
-        bucket = bucket_of(len(rows), self._largest)
-        return None if bucket is None else (bucket, 0)
 
     @property
     def are_wanted(self) -> bool:
@@ -94,9 +88,7 @@ class Programs:
         """
         if not self._largest:
             return
-        shapes = mixed_shapes(self._largest, self._max_tokens)
-        shapes += [(bucket, 0) for bucket in reversed(buckets(self._largest))]
-        for shape in shapes:
+        for shape in batch_shapes(self._largest, self._max_tokens):
             for is_staged in (False, True) if self._streams else (False,):
                 self._capture((*shape, GREEDY, is_staged))
 

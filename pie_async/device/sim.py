@@ -13,6 +13,7 @@ import itertools
 from collections.abc import Callable, Iterable, Sequence
 
 from pie_async.config import GIB
+from pie_async.core.batch_shapes import SPARE_ROWS, BatchShape
 from pie_async.device.attempts import Attempts, Outcome, Tamper
 from pie_async.device.copy_runs import host_slots_of
 from pie_async.device.cost_model import CostModel, Work
@@ -179,7 +180,12 @@ class SimDevice:
         checked: bool = False,
         is_order_checked: bool = True,
         checks_copies: bool = False,
+        padded: Callable[[Sequence[Row]], BatchShape | None] = lambda _rows: None,
     ) -> None:
+        """
+        Args:
+            padded: the sizes that an iteration of these rows is padded to; None: none.
+        """
         if memory.layout.num_layers != cost.shape.num_layers:
             raise ConfigError(
                 f"the KV layout has {memory.layout.num_layers} layers, the model shape "
@@ -208,6 +214,7 @@ class SimDevice:
         self._pool_watcher: Callable[[int, str | None], None] | None = None
         self.tamper: Tamper | None = None
         self._checks_copies = checks_copies
+        self._padded = padded
 
     @property
     def memory(self) -> MemoryPlan:
@@ -300,7 +307,8 @@ class SimDevice:
         """See `Device`."""
         for binding in command.bindings:
             self.sampler.bind(binding)
-        forward = SimPass(self, command, work_of(command.rows))
+        work = work_of(command.rows, self._padded(command.rows))
+        forward = SimPass(self, command, work)
         if self.checker is not None:
             for binding in command.bindings:
                 self.checker.bind(binding)
@@ -452,8 +460,8 @@ class SimDevice:
         return "fails"
 
 
-def work_of(rows: Sequence[Row]) -> Work:
-    """What these rows make an iteration do."""
+def work_of(rows: Sequence[Row], shape: BatchShape | None = None) -> Work:
+    """What these rows make an iteration do; its products have the padded sizes."""
     fed = read = sampled = 0
     attended = 0.0
     for row in rows:
@@ -463,4 +471,8 @@ def work_of(rows: Sequence[Row]) -> Work:
         read += end
         attended += num_tokens * (row.start + end + 1) / 2
         sampled += row.is_sampled
+    if shape is not None:
+        decode_rows, prompt_tokens = shape
+        fed = decode_rows + prompt_tokens
+        sampled = decode_rows + (SPARE_ROWS if prompt_tokens else 0)
     return Work(fed, read, attended, sampled)

@@ -9,15 +9,14 @@ from functools import partial
 import pytest
 import torch
 
+from pie_async.core import batch_shapes
 from pie_async.core.layout import KvLayout
-from pie_async.cuda import decode_program, fused_model, mixed_program, programs
+from pie_async.cuda import decode_program, fused_model, programs
 from pie_async.cuda.decode_program import graphable
-from pie_async.cuda.fused_model import DRAWN, GREEDY, SPARE_ROWS
+from pie_async.cuda.fused_model import DRAWN, GREEDY
 from pie_async.cuda.fused_runner import FusedRunner, LaunchedPass, ReplayedPass
-from pie_async.cuda.mixed_program import mixed_shape, mixed_shapes
 from pie_async.cuda.profiling import PLAIN, WIDEST, largest_iteration, longest_prompt
-from pie_async.ids import Lane, SequenceId
-from pie_async.messages import Row, RunIteration, TableUpdate
+from pie_async.messages import RunIteration, TableUpdate
 from pie_async.model import decoder as decoder_module
 from pie_async.model import layers as layers_module
 from pie_async.model.config import read_config
@@ -53,8 +52,8 @@ def decoder(tmp_path, device, monkeypatch):
 def prompt_sizes(monkeypatch):
     """Prompts are launched, unless a test says what they are padded to: here, too, that is the
     faster way for few of them."""
-    monkeypatch.setattr(mixed_program, "PROMPT_SIZES", ())
-    return lambda *sizes: monkeypatch.setattr(mixed_program, "PROMPT_SIZES", sizes)
+    monkeypatch.setattr(batch_shapes, "PROMPT_SIZES", ())
+    return lambda *sizes: monkeypatch.setattr(batch_shapes, "PROMPT_SIZES", sizes)
 
 
 class Fused(DirectRunner):
@@ -253,15 +252,6 @@ def test_prompts_beside_decoding_are_replayed_too(decoder, prompt_sizes, samplin
     mixed = [key for key in mine.runner._programs._captured if key[1]]
     assert {key[1] for key in mixed} == {16} and {key[3] for key in mixed} == {False, True}
     assert mine.passes.count(ReplayedPass) >= 5
-
-
-def test_more_prompts_than_a_graph_takes_are_launched(prompt_sizes) -> None:
-    prompt_sizes(64, 128)
-    rows = [Row(SequenceId(n), Lane(n), 0, (5, 6), True) for n in range(SPARE_ROWS + 1)]
-    assert mixed_shape(rows, 4, 128) is None
-    assert mixed_shape(rows[:-1], 4, 128) == (4, 64)
-    assert mixed_shape(rows[:-1], 4, 63) is None
-    assert set(mixed_shapes(4, 128)) == {(4, 64), (4, 128)}
 
 
 def test_few_ways_of_sampling_have_graphs_of_their_own() -> None:
