@@ -23,7 +23,7 @@ def rows_of(tmp_path, monkeypatch, *arguments):
 
 
 def test_the_governor_stands_beside_the_best_fixed_setting_of_each_phase(tmp_path, monkeypatch):
-    rows = rows_of(tmp_path, monkeypatch, "--seconds", "0.3")
+    rows = rows_of(tmp_path, monkeypatch, "--seconds", "0.6")
     phases = ["warm-up", "rate up", "long prompts", "back down"]
     assert [row["phase"] for row in rows] == 3 * phases
     for phase in phases:
