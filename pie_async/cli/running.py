@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Coroutine
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from pie_async.config import EngineConfig
@@ -51,6 +51,19 @@ def started(
     from pie_async.engine import Engine
 
     return starting(Engine(config, faults=faults, exits_when_stuck=exits_when_stuck))
+
+
+@asynccontextmanager
+async def begun(context: AbstractAsyncContextManager[T]) -> AsyncIterator[asyncio.Task[T]]:
+    """A context that is entered while the block runs, which waits for it when it has to; it is left
+    when the block is."""
+    async with AsyncExitStack() as stack:
+        entering = asyncio.create_task(stack.enter_async_context(context))
+        try:
+            yield entering
+        finally:
+            entering.cancel()  # nothing happens if it was entered
+            await asyncio.gather(entering, return_exceptions=True)
 
 
 @asynccontextmanager
