@@ -118,7 +118,7 @@ class PromptLogprobs(msgspec.Struct, frozen=True, array_like=True):
     tokens: tuple[SampledToken, ...]
 
 
-class Advance(msgspec.Struct, frozen=True, array_like=True):
+class Advance(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """A sequence got its next token, or ended."""
 
     sequence: SequenceId

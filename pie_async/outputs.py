@@ -22,7 +22,7 @@ TokenLogprobs = dict[int, Logprob]
 """By token id: the token itself and, where asked for, the likeliest ones, in rank order."""
 
 
-class CompletionOutput(msgspec.Struct, frozen=True, kw_only=True):
+class CompletionOutput(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """One output sequence of a request."""
 
     index: int
@@ -37,7 +37,7 @@ class CompletionOutput(msgspec.Struct, frozen=True, kw_only=True):
     """The stop token id or stop string that ended it, None for end-of-sequence and length."""
 
 
-class RequestOutput(msgspec.Struct, frozen=True, kw_only=True):
+class RequestOutput(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """A request's state, all of it or what is new, as `SamplingParams.output_kind` says."""
 
     request_id: str

@@ -43,6 +43,17 @@ asyncio.run(main())
     assert "torch" not in loaded_by(code)
 
 
+def test_a_server_reads_its_model_without_torch_or_numpy():
+    code = """
+from pie_async.assembly.loading import read_files
+from pie_async.cli.plan import memory_plan
+from pie_async.config import EngineConfig
+memory_plan(EngineConfig())
+read_files(EngineConfig())
+"""
+    assert loaded_by(code).isdisjoint({"torch", "numpy", "transformers", "aiohttp"})
+
+
 def test_every_public_name_is_there_and_others_are_not():
     import pie_async
 

@@ -74,6 +74,9 @@ class ServerMetrics:
         )
         for durations in (self._ttft, self._itl, self._e2e):
             self.registry.register(durations)
+        self.observe_ttft = self._ttft.observe
+        self.observe_itl = self._itl.observe
+        self.observe_e2e = self._e2e.observe
         self._finished = Counter(
             "pie:choices_finished",
             "Choices by the reason for their end",
@@ -89,15 +92,6 @@ class ServerMetrics:
         Gauge(
             "pie:event_loop_tasks", "Tasks of the server's event loop", registry=self.registry
         ).set_function(lambda: len(asyncio.all_tasks()))
-
-    def observe_ttft(self, ttft_s: float) -> None:
-        self._ttft.observe(ttft_s)
-
-    def observe_itl(self, itl_s: float) -> None:
-        self._itl.observe(itl_s)
-
-    def observe_e2e(self, e2e_s: float) -> None:
-        self._e2e.observe(e2e_s)
 
     def count_finished(self, reason: FinishReason) -> None:
         self._finished.labels(reason).inc()

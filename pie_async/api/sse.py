@@ -8,7 +8,7 @@ import socket
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing, contextmanager
 
-from aiohttp import web
+from aiohttp import HttpVersion11, web
 
 from pie_async.openai.answer import Answer
 
@@ -35,9 +35,8 @@ async def send_events(
 
     A client that takes nothing for `stall_timeout_s` is cut off.
     """
-    return await send_stream(
-        request, answer.response_id, answer.events(), stall_timeout_s=stall_timeout_s
-    )
+    events = answer.events(_ToSocket.of(request))
+    return await send_stream(request, answer.response_id, events, stall_timeout_s=stall_timeout_s)
 
 
 async def send_stream(
@@ -76,6 +75,29 @@ async def send_body(
         async with asyncio.timeout(stall_timeout_s):
             await response.write_eof()
     return response
+
+
+class _ToSocket:
+    """Chunks written past aiohttp, whose way costs as much as all else of a token, and which waits
+    where this cannot. Open while the client has taken all that was sent."""
+
+    def __init__(self, transport: asyncio.Transport) -> None:
+        self._transport = transport
+
+    @classmethod
+    def of(cls, request: web.Request) -> _ToSocket | None:
+        """None where answers do not come in chunks, or nobody is left to take them."""
+        is_chunked = request.version >= HttpVersion11
+        return cls(request.transport) if is_chunked and request.transport is not None else None
+
+    def is_open(self) -> bool:
+        """See `Shortcut`."""
+        transport = self._transport
+        return not transport.is_closing() and transport.get_write_buffer_size() == 0
+
+    def send(self, events: bytes) -> None:
+        """See `Shortcut`."""
+        self._transport.write(b"%x\r\n%b\r\n" % (len(events), events))
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from typing import Annotated, Protocol, runtime_checkable
 import typer
 
 from pie_async import __version__
+from pie_async.cli.help import GroupedHelp
 from pie_async.errors import ConfigError, InvalidRequest, PieError
 from pie_async.settings import variable_of
 
@@ -46,11 +47,15 @@ def build(arguments: Sequence[str] | None = None) -> typer.Typer:
             name only. None: all are whole.
     """
     meant = None if arguments is None else _meant(arguments)
+    # What typer asks of its own options has it import pydantic, which takes as long as the rest.
+    asks_program = arguments is None or list(arguments[:1]) != [meant]
     app = typer.Typer(
         name=PROGRAM,
         no_args_is_help=True,
         pretty_exceptions_enable=False,
-        rich_markup_mode="rich" if meant else None,  # importing rich takes as long as all the rest
+        rich_markup_mode=None,
+        add_completion=asks_program,
+        add_help_option=asks_program,
         context_settings={"help_option_names": ["-h", "--help"]},
         epilog=_EPILOG,
     )
@@ -60,7 +65,7 @@ def build(arguments: Sequence[str] | None = None) -> typer.Typer:
             command = getattr(import_module(f"pie_async.cli.{_module(name)}"), name)
         else:
             command = _named_only
-        app.command(name, epilog=_EPILOG, short_help=summary)(command)
+        app.command(name, cls=GroupedHelp, epilog=_EPILOG, short_help=summary)(command)
     return app
 
 

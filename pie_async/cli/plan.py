@@ -7,7 +7,6 @@ from collections.abc import Iterator
 import msgspec
 
 from pie_async.assembly.loading import read_model, refuse_quantization, served_name
-from pie_async.assembly.on_sim import SIM_POSITIONS
 from pie_async.assembly.sizing import (
     FEWEST_DEVICE_SLOTS,
     compute_dtype,
@@ -233,7 +232,7 @@ def _model_shape(config: EngineConfig) -> _Shape:
 
 
 def _sim_shape(config: EngineConfig) -> _Shape:
-    from pie_async.assembly.on_sim import sim_shape
+    from pie_async.assembly.on_sim import SIM_POSITIONS, sim_shape  # loads numpy
 
     name, shape = sim_shape(config.model)
     return _Shape(

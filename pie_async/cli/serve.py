@@ -7,13 +7,14 @@ import signal
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from pie_async.cli.options import MODEL, one_of, size, with_engine_flags
-from pie_async.cli.running import messages, run_async, started, starting
+from pie_async.cli.running import begun, messages, run_async, started, starting
 from pie_async.config import BUILTIN_MODEL, EngineConfig
 from pie_async.errors import ConfigError
 
@@ -126,27 +127,28 @@ def serve(
         console.print(warning, style="yellow", markup=False, soft_wrap=True)
 
     async def main() -> int:
-        from pie_async.api.server import Server
-
-        server = Server(
-            host,
-            port,
-            uds=uds,
-            api_keys=keys,
-            allowed_hosts=allowed_host or (),
-            max_connections=max_connections,
-        )
         run_engine = partial(started, exits_when_stuck=True) if in_process else _apart
-        async with server, run_engine(engine, plan_of_faults) as running:
-            await server.serve(
-                running,
-                served_model_name=served_model_name,
-                max_body_bytes=int(max_body),
-                vllm_metrics=metrics_compat == "vllm",
-                tracer=tracer,
-                shutdown_timeout_s=shutdown_timeout,
-                on_ready=_announcer(served_model_name or running.model.name),
-            )
+        async with begun(run_engine(engine, plan_of_faults)) as starting_engine:
+            # Not before: aiohttp takes half a second, in which the engine's process can start.
+            api = await asyncio.to_thread(import_module, "pie_async.api.server")
+            async with api.Server(
+                host,
+                port,
+                uds=uds,
+                api_keys=keys,
+                allowed_hosts=allowed_host or (),
+                max_connections=max_connections,
+            ) as server:
+                running = await starting_engine
+                await server.serve(
+                    running,
+                    served_model_name=served_model_name,
+                    max_body_bytes=int(max_body),
+                    vllm_metrics=metrics_compat == "vllm",
+                    tracer=tracer,
+                    shutdown_timeout_s=shutdown_timeout,
+                    on_ready=_announcer(served_model_name or running.model.name),
+                )
         return 0
 
     return run_async(main())

@@ -10,7 +10,7 @@ import msgspec
 
 from pie_async.model.config_fields import Fields, read_json_object
 from pie_async.model.quantization import Quantization, read_quantization
-from pie_async.model.rope import RopeConfig, read_rope
+from pie_async.model.rope_config import RopeConfig, read_rope
 
 Family = Literal["llama", "mistral", "qwen2", "qwen3", "opt"]
 ModelDtype = Literal["float32", "float16", "bfloat16"]

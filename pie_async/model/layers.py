@@ -10,7 +10,8 @@ from torch.nn import functional
 
 from pie_async.errors import UnsupportedModel
 from pie_async.model.config import Activation, ModelConfig
-from pie_async.model.quantization import FP8, Quantization, quantize, widen
+from pie_async.model.fp8 import FP8, quantize, widen
+from pie_async.model.quantization import Quantization
 
 
 class Parameters:

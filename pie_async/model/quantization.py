@@ -1,8 +1,8 @@
-"""FP8 weights: which checkpoints have them, and making them of others while loading.
+"""Which checkpoints have FP8 weights (`fp8.py`); others' are made so while loading.
 
-Numbers are e4m3, with one float32 scale per output channel; a checkpoint's scale per tensor is
-spread over its channels. Scales of activations are not read: where activations are quantised,
-every token gets a scale of its own, which is never coarser.
+A checkpoint's scale per tensor is spread over its channels. Scales of activations are not read:
+where activations are quantised, every token gets a scale of its own, which is never coarser. Loads
+no torch: a server's process reads this too.
 """
 
 from __future__ import annotations
@@ -10,15 +10,8 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import msgspec
-import torch
-from torch import Tensor
 
 from pie_async.model.config_fields import Fields
-
-FP8 = torch.float8_e4m3fn
-_MAX_FP8 = 448.0
-_SMALLEST_SCALE = 1e-12
-"""A channel of zeros must not divide by zero."""
 
 Strategy = Literal["tensor", "channel"]
 
@@ -43,18 +36,6 @@ class Quantization(msgspec.Struct, frozen=True, kw_only=True):
 
 
 WHILE_LOADING = Quantization(scales=None)
-
-
-def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """FP8 numbers like the [out, k] weight and [out] float32 scales; their product is about it."""
-    wide = weight.float()
-    scale = (wide.abs().amax(1) / _MAX_FP8).clamp_min(_SMALLEST_SCALE)
-    return (wide / scale[:, None]).clamp(-_MAX_FP8, _MAX_FP8).to(FP8), scale
-
-
-def widen(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """What `quantize` made of a weight, in plain numbers."""
-    return (weight.float() * scale[:, None]).to(dtype)
 
 
 def read_quantization(config: Fields) -> Quantization | None:

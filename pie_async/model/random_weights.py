@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pie_async.model.config import ModelConfig
 from pie_async.model.decoder import Decoder
-from pie_async.model.quantization import FP8
+from pie_async.model.fp8 import FP8
 
 STANDARD_DEVIATION = 0.02
 """What most families are initialised with (`initializer_range`); logits stay finite."""

@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncGenerator, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Protocol
 
 from pie_async.errors import PieError
 from pie_async.openai.errors import ErrorReply, error_reply
-from pie_async.openai.feed import Arrival, OutputFeed
+from pie_async.openai.feed import Arrival, OutputFeed, Take
 from pie_async.openai.framing import KEEPALIVE, Framing, encoder
 from pie_async.openai.latency import RequestLatency
 from pie_async.openai.responses import Response, Usage
@@ -26,7 +27,9 @@ class Writer(Protocol):
 
     def opening(self) -> Iterator[Response]: ...
 
-    def chunks(self, prompt_index: int, output: RequestOutput, /) -> Iterator[Response]: ...
+    def events(self, prompt_index: int, output: RequestOutput, /) -> bytes:
+        """What a delta output is sent as; empty if it has nothing to show yet."""
+        ...
 
     def ending(self, usage: Usage) -> Iterator[Response]:
         """What a stream ends with when all choices have."""
@@ -37,6 +40,16 @@ class Writer(Protocol):
         ...
 
     def response(self, outputs: Sequence[RequestOutput], usage: Usage) -> Response: ...
+
+
+class Shortcut(Protocol):
+    """Sends events past whoever iterates over them, and so without a task being woken."""
+
+    def is_open(self) -> bool:
+        """Whether what is sent now need not wait."""
+        ...
+
+    def send(self, events: bytes) -> None: ...
 
 
 class Answer:
@@ -62,16 +75,21 @@ class Answer:
         self._frames = writer.framing.frames
         self._keepalive_s = keepalive_s
 
-    async def events(self) -> AsyncGenerator[bytes]:
+    async def events(self, shortcut: Shortcut | None = None) -> AsyncGenerator[bytes]:
         """Server-sent events, several at a time when they came at the same time.
 
         Ends as the endpoint's streams do or, if anything fails, with an error event. A comment is
         sent when nothing came for `keepalive_s`. Closing the generator cancels the request.
+
+        Args:
+            shortcut: takes events, while it is open and the iterator waits for the next ones;
+                they are then not yielded.
         """
+        take = None if shortcut is None else partial(self._take, shortcut)
         try:
             if opening := self._frames(self._writer.opening()):
                 yield opening
-            while (arrivals := await self._next_arrivals()) is not None:
+            while (arrivals := await self._next_arrivals(take)) is not None:
                 if events := self._event_bytes(arrivals) if arrivals else KEEPALIVE:
                     yield events
             self._finish()
@@ -106,18 +124,28 @@ class Answer:
         """Cancel what has not finished and wait until the engine has let go of it."""
         await self._feed.aclose()
 
-    async def _next_arrivals(self) -> list[Arrival] | None:
-        arrivals = await self._feed.next_arrivals(silence_s=self._keepalive_s)
+    async def _next_arrivals(self, take: Take | None = None) -> list[Arrival] | None:
+        arrivals = await self._feed.next_arrivals(silence_s=self._keepalive_s, take=take)
         for arrival in arrivals or ():
-            self._usage.add(arrival.prompt_index, arrival.output)
-            self._latency.observe(arrival)
+            self._count(arrival)
         return arrivals
+
+    def _take(self, shortcut: Shortcut, arrival: Arrival) -> bool:
+        if not shortcut.is_open():
+            return False
+        self._count(arrival)
+        if events := self._writer.events(arrival.prompt_index, arrival.output):
+            shortcut.send(events)
+        return True
+
+    def _count(self, arrival: Arrival) -> None:
+        self._usage.add(arrival.prompt_index, arrival.output)
+        self._latency.observe(arrival)
 
     def _event_bytes(self, arrivals: Iterable[Arrival]) -> bytes:
         """Empty if the arrivals hold nothing to show yet."""
         return b"".join(
-            self._frames(self._writer.chunks(arrival.prompt_index, arrival.output))
-            for arrival in arrivals
+            [self._writer.events(arrival.prompt_index, arrival.output) for arrival in arrivals]
         )
 
     def _finish(self) -> None:

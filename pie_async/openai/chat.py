@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import msgspec
 
 from pie_async.openai.errors import ErrorReply
-from pie_async.openai.framing import PLAIN
+from pie_async.openai.framing import PLAIN, TextFrame, plain_frames
 from pie_async.openai.logprobs import chat_logprobs
 from pie_async.openai.responses import (
     ChatChoice,
@@ -59,6 +59,7 @@ class ChatWriter:
         self._top_logprobs = top_logprobs
         self._no_usage: UsageField = None if has_usage else msgspec.UNSET
         self._choices = choices
+        self._text_frames: dict[int, TextFrame] = {}
         self._speakers = (
             None
             if make_parser is None
@@ -72,21 +73,41 @@ class ChatWriter:
                 ChatChunkChoice(index=index, delta=ChatDelta(role="assistant", content=""))
             )
 
-    def chunks(self, _prompt_index: int, output: RequestOutput) -> Iterator[ChatChunk]:
+    def events(self, _prompt_index: int, output: RequestOutput) -> bytes:
         """What a delta output is sent as; nothing while a character is incomplete."""
-        for choice in output.outputs:
-            end = choice_end(choice)
-            logprobs = self._logprobs(choice)
-            for delta in self._deltas(choice, is_last=end is not None, is_empty=logprobs is None):
-                yield self._chunk(
-                    ChatChunkChoice(index=choice.index, delta=delta, logprobs=logprobs)
-                )
-                logprobs = None
-            if end is not None:
-                end = self._end(choice, end)
-                yield self._chunk(
-                    ChatChunkChoice(index=choice.index, delta=ChatDelta(), finish_reason=end)
-                )
+        return b"".join(
+            [
+                self._text_event(choice)
+                if self._is_text(choice)
+                else plain_frames(self._chunks(choice))
+                for choice in output.outputs
+            ]
+        )
+
+    def _is_text(self, choice: CompletionOutput) -> bool:
+        """Whether text is all that there is to send, as for nearly every token."""
+        is_more = choice.finish_reason or self._speakers or self._top_logprobs is not None
+        return choice.text != "" and not is_more
+
+    def _text_event(self, choice: CompletionOutput) -> bytes:
+        frame = self._text_frames.get(choice.index)
+        if frame is None:
+            empty = ChatChunkChoice(index=choice.index, delta=ChatDelta(content=""))
+            frame = TextFrame(plain_frames([self._chunk(empty)]))
+            self._text_frames[choice.index] = frame
+        return frame.of(choice.text)
+
+    def _chunks(self, choice: CompletionOutput) -> Iterator[ChatChunk]:
+        end = choice_end(choice)
+        logprobs = self._logprobs(choice)
+        for delta in self._deltas(choice, is_last=end is not None, is_empty=logprobs is None):
+            yield self._chunk(ChatChunkChoice(index=choice.index, delta=delta, logprobs=logprobs))
+            logprobs = None
+        if end is not None:
+            end = self._end(choice, end)
+            yield self._chunk(
+                ChatChunkChoice(index=choice.index, delta=ChatDelta(), finish_reason=end)
+            )
 
     def ending(self, usage: Usage) -> Iterator[ChatChunk]:
         """The last chunk of a stream that asked for usage: no choices."""

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 import msgspec
 
 from pie_async.openai.errors import ErrorReply
-from pie_async.openai.framing import PLAIN
+from pie_async.openai.framing import PLAIN, TextFrame, plain_frames
 from pie_async.openai.logprobs import CompletionLogprobsWriter
 from pie_async.openai.responses import (
     CompletionChoice,
@@ -55,18 +55,44 @@ class CompletionWriter:
             else [CompletionLogprobsWriter(top_logprobs, token_text) for _ in range(prompts * n)]
         )
         self._no_usage: UsageField = None if has_usage else msgspec.UNSET
+        self._text_frames: dict[int, TextFrame] = {}
 
     def opening(self) -> Iterator[CompletionResponse]:
         """What is sent before any output: nothing."""
         return iter(())
 
-    def chunks(self, prompt_index: int, output: RequestOutput) -> Iterator[CompletionResponse]:
+    def events(self, prompt_index: int, output: RequestOutput) -> bytes:
         """What a delta output is sent as; nothing while a character is incomplete."""
         self._keep_prompt_logprobs(prompt_index, output)
-        for choice in output.outputs:
-            written = self._choice(prompt_index, output, choice)
-            if written.text or written.logprobs is not None or written.finish_reason is not None:
-                yield self._response([written], self._no_usage)
+        return b"".join(
+            [
+                self._text_event(prompt_index, choice)
+                if self._is_text(choice)
+                else plain_frames(self._chunks(prompt_index, output, choice))
+                for choice in output.outputs
+            ]
+        )
+
+    def _is_text(self, choice: CompletionOutput) -> bool:
+        """Whether text is all that there is to send, as for nearly every token."""
+        is_more = choice.finish_reason or self._unechoed or self._logprobs is not None
+        return choice.text != "" and not is_more
+
+    def _text_event(self, prompt_index: int, choice: CompletionOutput) -> bytes:
+        index = prompt_index * self._n + choice.index
+        frame = self._text_frames.get(index)
+        if frame is None:
+            empty = CompletionChoice(index=index, text="")
+            frame = TextFrame(plain_frames([self._response([empty], self._no_usage)]))
+            self._text_frames[index] = frame
+        return frame.of(choice.text)
+
+    def _chunks(
+        self, prompt_index: int, output: RequestOutput, choice: CompletionOutput
+    ) -> Iterator[CompletionResponse]:
+        written = self._choice(prompt_index, output, choice)
+        if written.text or written.logprobs is not None or written.finish_reason is not None:
+            yield self._response([written], self._no_usage)
 
     def ending(self, usage: Usage) -> Iterator[CompletionResponse]:
         """The last chunk of a stream that asked for usage: no choices."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import msgspec
@@ -25,6 +25,10 @@ class Arrival(NamedTuple):
     at_s: float
 
 
+Take = Callable[[Arrival], bool]
+"""Takes an arrival, or says False."""
+
+
 class OutputFeed:
     """Merges the streams of one HTTP request, in order of arrival.
 
@@ -40,7 +44,10 @@ class OutputFeed:
         self._error: BaseException | None = None
         self._waiter: asyncio.Future[None] | None = None
         self._alarm: asyncio.TimerHandle | None = None
+        self._silence_s = 0.0
         self._waits_until_s = 0.0
+        self._take: Take | None = None
+        """Of whoever waits, until woken."""
         self._has_room = asyncio.Event()
         self._is_closing = False
         self._unfinished = {
@@ -50,8 +57,13 @@ class OutputFeed:
         for pump in self._unfinished:
             pump.add_done_callback(self._pump_ended)
 
-    async def next_arrivals(self, *, silence_s: float) -> list[Arrival] | None:
+    async def next_arrivals(
+        self, *, silence_s: float, take: Take | None = None
+    ) -> list[Arrival] | None:
         """Everything that came since the last call; waits for something to come.
+
+        Args:
+            take: asked first while this waits: what it takes is not returned, and wakes nobody.
 
         Returns:
             None when every stream has ended; an empty list after `silence_s` without output.
@@ -60,7 +72,7 @@ class OutputFeed:
             PieError, or whatever a stream raised, once all that came before it was returned.
         """
         if not self._arrived and self._error is None and self._unfinished:
-            await self._wait(silence_s)
+            await self._wait(silence_s, take)
         if self._arrived:
             arrivals = list(self._arrived)
             self._arrived.clear()
@@ -92,8 +104,14 @@ class OutputFeed:
         ended: set[int] = set()
         async for output in stream:
             news = _without(ended, output)
-            ended.update(choice.index for choice in news.outputs if choice.finish_reason)
-            self._arrived.append(Arrival(index, news, self._loop.time()))
+            for choice in news.outputs:
+                if choice.finish_reason:
+                    ended.add(choice.index)
+            arrival = Arrival(index, news, self._loop.time())
+            if self._take is not None and self._take(arrival):
+                self._waits_until_s = arrival.at_s + self._silence_s
+                continue
+            self._arrived.append(arrival)
             self._wake()
             while len(self._arrived) >= MOST_WAITING:
                 self._has_room.clear()
@@ -109,15 +127,16 @@ class OutputFeed:
         if not self._unfinished:  # else there is nothing to tell, and it would look like silence
             self._wake()
 
-    async def _wait(self, silence_s: float) -> None:
-        self._waiter = self._loop.create_future()
+    async def _wait(self, silence_s: float, take: Take | None) -> None:
+        self._waiter, self._take = self._loop.create_future(), take
+        self._silence_s = silence_s
         self._waits_until_s = self._loop.time() + silence_s
         if self._alarm is None:  # one that runs already looks again: a timer per token costs more
             self._alarm = self._loop.call_at(self._waits_until_s, self._ring)
         try:
             await self._waiter
         finally:
-            self._waiter = None
+            self._waiter = self._take = None
 
     def _ring(self) -> None:
         self._alarm = None
@@ -129,6 +148,7 @@ class OutputFeed:
             self._wake()
 
     def _wake(self) -> None:
+        self._take = None  # it waits no longer: what comes now comes after what woke it
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 

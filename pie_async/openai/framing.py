@@ -23,6 +23,18 @@ class Framing(NamedTuple):
     """After the last chunk of a stream that did not fail."""
 
 
+class TextFrame:
+    """A frame in which a text changes and nothing else: the rest of it is encoded once."""
+
+    def __init__(self, empty: bytes) -> None:
+        """`empty`: the frame with no text; no string behind the text's is empty."""
+        self._before, _, self._behind = empty.rpartition(b'""')
+
+    def of(self, text: str) -> bytes:
+        """The frame of this text."""
+        return self._before + encoder.encode(text) + self._behind
+
+
 def plain_frames(chunks: Iterable[Response]) -> bytes:
     """Each chunk as an event without a name."""
     return b"".join([b"data: " + encoder.encode(chunk) + b"\n\n" for chunk in chunks])

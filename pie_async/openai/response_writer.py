@@ -56,8 +56,11 @@ class ResponseWriter:
         for name in ("created", "in_progress"):
             yield self._event(f"response.{name}", response=self._response)
 
-    def chunks(self, _prompt_index: int, output: RequestOutput) -> Iterator[StreamEvent]:
+    def events(self, _prompt_index: int, output: RequestOutput) -> bytes:
         """What a delta output is sent as."""
+        return _named_frames(self._news(output))
+
+    def _news(self, output: RequestOutput) -> Iterator[StreamEvent]:
         for choice in output.outputs:
             end = choice_end(choice)
             self._is_cut |= end == "length"
@@ -81,7 +84,7 @@ class ResponseWriter:
     def response(self, outputs: Sequence[RequestOutput], usage: Usage) -> ResponseObject:
         """The whole response from the final output."""
         for output in outputs:
-            for _ in self.chunks(0, output):
+            for _ in self._news(output):
                 pass
         for _ in self.ending(usage):
             pass

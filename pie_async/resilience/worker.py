@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import faulthandler
-import gc
 import os
 import select
 import signal
@@ -33,6 +32,7 @@ from pie_async.resilience.wire import (
     Wire,
     WireError,
 )
+from pie_async.runtime.heap import settle
 
 ALIVE_EVERY_S = 0.25
 LEAVE_S = 5.0
@@ -63,9 +63,7 @@ async def serve(connection: socket.socket) -> int:
         return REFUSED
     finally:
         alive.cancel()
-    # What is loaded stays: collections need not go through it.
-    gc.collect()
-    gc.freeze()
+    settle()
     wire.post(Ready(model=engine.model))
     return await _run(engine, wire)
 

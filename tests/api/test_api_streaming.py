@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 
 import pytest
@@ -157,6 +158,38 @@ async def test_when_one_prompt_fails_the_others_are_cancelled(start) -> None:
     assert '"error"' in events[-1]
     assert engine.cancelled_ids == [engine.submissions[1].request_id]
     assert engine.open_ids == set()
+
+
+@pytest.mark.parametrize("version", ["1.0", "1.1"])
+async def test_a_stream_comes_in_chunks_to_those_who_know_of_chunks(start, version) -> None:
+    server = await start(FakeEngine(reply="Hey"))
+    body = b'{"messages": [{"role": "user", "content": "Hi"}], "stream": true}'
+    reader, writer = await asyncio.open_connection(*server.runner.addresses[0])
+    writer.write(
+        b"POST /v1/chat/completions HTTP/%b\r\nHost: x\r\nConnection: close\r\n"
+        b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n%b"
+        % (version.encode(), len(body), body)
+    )
+    head, _, events = (await reader.read()).partition(b"\r\n\r\n")
+    writer.close()
+    if version == "1.1":
+        assert b"Transfer-Encoding: chunked" in head
+        events = unchunked(events)
+    chunks = parsed(events.decode().removesuffix("\n\n").split("\n\n"))
+    said = [chunk["choices"][0]["delta"].get("content", "") for chunk in chunks]
+    assert "".join(said) == "Hey"
+
+
+def unchunked(body: bytes) -> bytes:
+    """The content of a chunked body, which must end as one."""
+    content = b""
+    while size := int(body.partition(b"\r\n")[0], 16):
+        _, _, rest = body.partition(b"\r\n")
+        content += rest[:size]
+        assert rest[size : size + 2] == b"\r\n"
+        body = rest[size + 2 :]
+    assert body == b"0\r\n\r\n"
+    return content
 
 
 async def test_stream_headers_say_what_proxies_must_know(server) -> None:

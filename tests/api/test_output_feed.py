@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from pie_async.errors import EngineStopped
-from pie_async.openai.feed import MOST_WAITING, OutputFeed
+from pie_async.openai.feed import MOST_WAITING, Arrival, OutputFeed
 from pie_async.openai.latency import RequestLatency
 from pie_async.outputs import CompletionOutput, RequestOutput
 from pie_async.sampling_params import SamplingParams
@@ -101,6 +101,53 @@ async def test_failing_a_feed_wakes_its_reader() -> None:
     feed.fail(EngineStopped("stopping"))
     with pytest.raises(EngineStopped, match="stopping"):
         await reader
+    await feed.aclose()
+
+
+async def test_what_is_taken_wakes_nobody_and_what_is_refused_is_returned_after_it() -> None:
+    taken: list[str] = []
+
+    def take(arrival: Arrival) -> bool:
+        if len(taken) == 3:
+            return False
+        taken.append(arrival.output.outputs[0].text)
+        return True
+
+    feed = await open_feed(FakeEngine(reply="abcdef"))
+    arrivals = await feed.next_arrivals(silence_s=60, take=take)
+    await asyncio.sleep(1)  # nobody waits: what comes now is kept
+    assert taken == ["a", "b", "c"]
+    rest = (arrivals or []) + (await feed.next_arrivals(silence_s=60, take=take) or [])
+    assert "".join(arrival.output.outputs[0].text for arrival in rest) == "def"
+    await feed.aclose()
+
+
+async def test_silence_begins_with_the_last_that_was_taken() -> None:
+    engine = FakeEngine(reply="abc", hold_at=2)
+    loop = asyncio.get_running_loop()
+    loop.call_later(5, engine.gate.set)
+    feed = await open_feed(engine)
+    started_s = loop.time()
+    assert await feed.next_arrivals(silence_s=7.5, take=lambda _: True) is None
+    assert loop.time() - started_s == pytest.approx(5)
+    await feed.aclose()
+
+    held = FakeEngine(hold_at=0)
+    loop.call_later(5, held.gate.set)
+    feed = OutputFeed([await each.submit("p", DELTA) for each in (held, FakeEngine(hold_at=0))])
+    started_s = loop.time()
+    assert await feed.next_arrivals(silence_s=7.5, take=lambda _: True) == []
+    assert loop.time() - started_s == pytest.approx(12.5)
+    await feed.aclose()
+
+
+async def test_who_takes_and_fails_fails_the_feed() -> None:
+    def take(_arrival: Arrival) -> bool:
+        raise EngineStopped("cannot be written")
+
+    feed = await open_feed(FakeEngine())
+    with pytest.raises(EngineStopped, match="cannot be written"):
+        await feed.next_arrivals(silence_s=60, take=take)
     await feed.aclose()
 
 

@@ -166,10 +166,27 @@ def test_errors_name_the_flag_of_a_field_and_other_options_by_their_name():
     assert flag_of(None) is None
 
 
-def test_help_loads_neither_torch_nor_aiohttp():
+def test_help_groups_flags_and_tells_each_once(capsys):
+    assert main(["serve", "--help"]) == 0
+    out = capsys.readouterr().out
+    places = [out.index(f"\n{panel}:\n") for panel in ("Arguments", "Server", "Engine", "Options")]
+    assert places == sorted(places)
+    assert out.index("--allowed-host") < places[2] < out.index("--device-kv")
+    assert all(out.count(f"\n  {flag} ") == 1 for flag in ("--port", "--device-kv", "-h,"))
+
+
+@pytest.mark.parametrize("arguments", [["--help", "serve"], ["-h"], ["--version", "serve"]])
+def test_what_is_asked_of_the_program_is_answered_by_it(arguments, capsys):
+    assert main(arguments) == 0
+    out = capsys.readouterr().out
+    assert "pie-async [OPTIONS] COMMAND" in out or out == f"pie-async {__version__}\n"
+
+
+def test_help_loads_nothing_that_takes_long():
+    heavy = ("torch", "aiohttp", "transformers", "rich", "pydantic")
     script = (
         "import sys; from pie_async.__main__ import main; main(['serve', '--help']);"
-        "sys.exit(any(name in sys.modules for name in ('torch', 'aiohttp', 'transformers')))"
+        f"sys.exit(any(name in sys.modules for name in {heavy}))"
     )
     assert subprocess.run([sys.executable, "-c", script], capture_output=True).returncode == 0
 

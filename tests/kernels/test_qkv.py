@@ -95,7 +95,8 @@ def test_few_rows(rows, device) -> None:
 
 def test_rotates_like_the_decoder(device) -> None:
     pytest.importorskip("msgspec")
-    from pie_async.model.rope import RopeConfig, Rotary, rotate
+    from pie_async.model.rope import Rotary, rotate
+    from pie_async.model.rope_config import RopeConfig
 
     rope = RopeConfig(kind="default", theta=1e4, trained_positions=2048)
     positions = torch.tensor([0, 3, 700], device=device)

@@ -12,7 +12,8 @@ from support.checkpoints import write_checkpoint
 
 from pie_async.errors import ModelError, UnsupportedModel, WeightsError
 from pie_async.model.config import read_config
-from pie_async.model.quantization import FP8, WHILE_LOADING, Quantization, quantize, widen
+from pie_async.model.fp8 import FP8, quantize, widen
+from pie_async.model.quantization import WHILE_LOADING, Quantization
 from pie_async.model.weights import load_model
 
 CPU = torch.device("cpu")
