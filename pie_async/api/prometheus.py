@@ -21,11 +21,18 @@ from prometheus_client.utils import floatToGoString
 from pie_async.messages import LimitCause
 from pie_async.metrics import EngineStats
 from pie_async.openai.backend import Backend
-from pie_async.outputs import FinishReason
+from pie_async.outputs import FinishReason, SequenceTimes
 
 _TTFT_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 _ITL_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.1, 0.25, 0.5, 1, 5)
 _E2E_BUCKETS_S = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
+_SPENT = {
+    "queued_s": ("pie:queue_seconds", "From a choice's arrival at the engine until it ran first"),
+    "prefill_s": ("pie:prefill_seconds", "From a choice's first run to its first token"),
+    "decode_s": ("pie:decode_seconds", "From a choice's first token to its end"),
+    "inference_s": ("pie:inference_seconds", "From a choice's first run to its end"),
+}
+"""Histograms of `SequenceTimes`."""
 
 
 class Durations(Collector):
@@ -72,7 +79,11 @@ class ServerMetrics:
             "From reading a request to its last output token",
             _E2E_BUCKETS_S,
         )
-        for durations in (self._ttft, self._itl, self._e2e):
+        self._spent = {
+            field: Durations(name, text, _TTFT_BUCKETS_S + _E2E_BUCKETS_S[-3:])
+            for field, (name, text) in _SPENT.items()
+        }
+        for durations in (self._ttft, self._itl, self._e2e, *self._spent.values()):
             self.registry.register(durations)
         self._finished = Counter(
             "pie:choices_finished",
@@ -98,6 +109,10 @@ class ServerMetrics:
 
     def observe_e2e(self, e2e_s: float) -> None:
         self._e2e.observe(e2e_s)
+
+    def observe_times(self, times: SequenceTimes) -> None:
+        for field, durations in self._spent.items():
+            durations.observe(getattr(times, field))
 
     def count_finished(self, reason: FinishReason) -> None:
         self._finished.labels(reason).inc()
