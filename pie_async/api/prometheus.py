@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate
@@ -97,9 +98,20 @@ class ServerMetrics:
             ["route", "status"],
             registry=self.registry,
         )
+        self._lag = Gauge(
+            "pie:event_loop_lag_seconds",
+            "How long a turn of the server's event loop took when this was asked, in seconds",
+            registry=self.registry,
+        )
         Gauge(
             "pie:event_loop_tasks", "Tasks of the server's event loop", registry=self.registry
         ).set_function(lambda: len(asyncio.all_tasks()))
+
+    async def time_loop(self) -> None:
+        """Let everything that is ready run once, and note how long that took."""
+        began_s = time.perf_counter()  # a loop's own clock may stand still during a turn
+        await asyncio.sleep(0)
+        self._lag.set(time.perf_counter() - began_s)
 
     def observe_ttft(self, ttft_s: float) -> None:
         self._ttft.observe(ttft_s)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
@@ -68,6 +69,23 @@ async def test_vllms_names_are_there_on_request_and_mean_the_same(start) -> None
 async def test_without_being_asked_for_they_are_not(server) -> None:
     found = await scraped(server)
     assert found and not [name for name in found if name.startswith("vllm:")]
+
+
+async def test_a_loop_that_is_held_up_is_seen(server) -> None:
+    is_over = asyncio.Event()
+
+    async def hold_up() -> None:
+        while not is_over.is_set():
+            time.sleep(0.05)  # noqa: ASYNC251 - that is what it is to see
+            await asyncio.sleep(0)
+
+    assert (await scraped(server))["pie:event_loop_lag_seconds"][0][1] < 0.05
+    holding = asyncio.create_task(hold_up())
+    await asyncio.sleep(0)
+    found = await scraped(server)
+    is_over.set()
+    await holding
+    assert 0.05 <= found["pie:event_loop_lag_seconds"][0][1] < 5
 
 
 # --- spans ----------------------------------------------------------------------------------
