@@ -118,6 +118,17 @@ class PromptLogprobs(msgspec.Struct, frozen=True, array_like=True):
     tokens: tuple[SampledToken, ...]
 
 
+class FirstToken(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """What is known of a sequence once it has its first token."""
+
+    cached_tokens: int = 0
+    """Prompt tokens whose KV was found instead of computed."""
+    queued_s: float = 0.0
+    """From its arrival to its start."""
+    prefill_s: float = 0.0
+    """From its start to this token."""
+
+
 class Advance(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """A sequence got its next token, or ended."""
 
@@ -126,8 +137,8 @@ class Advance(msgspec.Struct, frozen=True, array_like=True, gc=False):
     finish_reason: FinishReason | None = None
     stop_token: int | None = None
     """The stop token id that ended it, unless that was the model's own end-of-sequence."""
-    cached_tokens: int = 0
-    """With the first token: prompt tokens whose KV was found instead of computed."""
+    first: FirstToken | None = None
+    """With the first token, that one engine is enough for: not after a restart."""
     lost_because: str | None = None
     """Why its KV was lost once too often: its request ends with `SequenceLost`."""
     unguided_because: str | None = None

@@ -22,6 +22,22 @@ TokenLogprobs = dict[int, Logprob]
 """By token id: the token itself and, where asked for, the likeliest ones, in rank order."""
 
 
+class SequenceTimes(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+    """Where a sequence's time went, in seconds; what it was parked or paused counts too."""
+
+    queued_s: float
+    """From its arrival at the engine until it ran first."""
+    prefill_s: float
+    """From then to its first token."""
+    decode_s: float
+    """From its first token to its end."""
+
+    @property
+    def inference_s(self) -> float:
+        """From its start to its end."""
+        return self.prefill_s + self.decode_s
+
+
 class CompletionOutput(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """One output sequence of a request."""
 
@@ -35,6 +51,8 @@ class CompletionOutput(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """None while the sequence goes on."""
     stop_reason: int | str | None = None
     """The stop token id or stop string that ended it, None for end-of-sequence and length."""
+    times: SequenceTimes | None = None
+    """With the finish reason, if there was a token."""
 
 
 class RequestOutput(msgspec.Struct, frozen=True, kw_only=True, gc=False):

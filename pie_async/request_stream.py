@@ -14,12 +14,13 @@ from typing import Protocol
 from pie_async.core.stop_strings import StopMatcher
 from pie_async.errors import GuideFailed, PieError, SequenceLost
 from pie_async.ids import SequenceId
-from pie_async.messages import Advance, PromptLogprobs, SampledToken
+from pie_async.messages import Advance, FirstToken, PromptLogprobs, SampledToken
 from pie_async.outputs import (
     CompletionOutput,
     FinishReason,
     Logprob,
     RequestOutput,
+    SequenceTimes,
     TokenLogprobs,
 )
 from pie_async.sampling_params import SamplingParams
@@ -51,6 +52,8 @@ class SequenceOutput:
         self._logprobs: list[TokenLogprobs] = []
         self._taken = (0, 0)  # pieces of text and tokens that a delta reader has
         self._has_end = False  # whether it has been told the finish reason
+        self._first: tuple[FirstToken, float] | None = None  # and when it came
+        self._times: SequenceTimes | None = None
         self.finish_reason: FinishReason | None = None
         self.stop_reason: int | str | None = None
 
@@ -67,6 +70,17 @@ class SequenceOutput:
 
     def push(self, advance: Advance) -> bool:
         """Take in what happened; True if the text reached a stop string just now."""
+        if advance.first is not None:
+            self._first = advance.first, _now_s()
+        has_stopped = self._take_in(advance)
+        if self.finish_reason is not None and self._first is not None:
+            first, came_s = self._first
+            self._times = SequenceTimes(
+                queued_s=first.queued_s, prefill_s=first.prefill_s, decode_s=_now_s() - came_s
+            )
+        return has_stopped
+
+    def _take_in(self, advance: Advance) -> bool:
         if advance.token is not None:
             self._tokens.append(advance.token.token)
             if self._params.logprobs is not None:
@@ -117,6 +131,7 @@ class SequenceOutput:
             logprobs=tuple(self._logprobs[tokens:]) if has_logprobs else None,
             finish_reason=self.finish_reason,
             stop_reason=self.stop_reason,
+            times=self._times,
         )
 
 
@@ -271,9 +286,9 @@ class RequestStream:
         has_stopped = output.push(advance)
         if output.finish_reason is not None:
             self._num_open -= 1
-        if advance.cached_tokens and advance.sequence == self.sequences[0]:
+        if advance.first is not None and advance.sequence == self.sequences[0]:
             # The others found what this one computed: for the request that is not saved.
-            self._num_cached = advance.cached_tokens
+            self._num_cached = advance.first.cached_tokens
         self._has_news = True
         self._wake_reader()
         return has_stopped
@@ -295,6 +310,10 @@ class RequestStream:
     def _wake_reader(self) -> None:
         if self._reader is not None and self._is_due and not self._reader.done():
             self._reader.set_result(None)
+
+
+def _now_s() -> float:
+    return asyncio.get_running_loop().time()
 
 
 def names_of(streams: Iterable[RequestStream]) -> dict[SequenceId, str]:

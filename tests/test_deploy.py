@@ -16,6 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from pie_async.api.prometheus import ServerMetrics
 from pie_async.cli.app import build
 from pie_async.metrics import EngineStats
+from pie_async.outputs import SequenceTimes
 from tests.support.fake_engine import FakeEngine
 
 DEPLOY = Path(__file__).parent.parent / "deploy"
@@ -42,6 +43,7 @@ async def scrape() -> dict[str, set[tuple[str, str]]]:
     metrics.observe_ttft(1)
     metrics.observe_itl(1)
     metrics.observe_e2e(1)
+    metrics.observe_times(SequenceTimes(queued_s=1, prefill_s=1, decode_s=1))
     metrics.count_finished("stop")
     for status in (200, 429, 500):
         metrics.count_response("/v1/completions", status)
@@ -84,7 +86,8 @@ def test_every_metric_of_the_engine_is_on_the_dashboard_or_is_left_out_on_purpos
         "pie:sequences_finished_total", "pie:sequences_cancelled_total", "pie:demotions_total",
         "pie:promotions_total", "pie:sequences_begun_anew_total", "pie:phase_compute_seconds_total",
         "pie:phase_stall_seconds_total", "pie:phase_staging_seconds_total",
-        "pie:choices_finished_total", "pie:event_loop_tasks",
+        "pie:choices_finished_total", "pie:event_loop_tasks", "pie:inference_seconds_bucket",
+        "pie:event_loop_lag_seconds",
     }  # fmt: skip
     told = {name for name in exposed if not re.search(r"_(sum|count|created)$", name)}
     assert told - shown == left_out

@@ -122,3 +122,16 @@ def test_the_documentation_builds_without_a_warning(tmp_path: Path) -> None:
     for page in tmp_path.rglob("*.html"):
         tags = re.findall(r"<(?:script|img|link rel=.stylesheet.)[^>]*>", page.read_text())
         assert tags and not [tag for tag in tags if re.search(r"(?:src|href)=.https?:", tag)]
+
+
+@functools.cache
+def sources_of_tests() -> tuple[frozenset[str], str]:
+    paths = [each for room in ("tests", "examples") for each in (ROOT / room).rglob("test_*.py")]
+    return frozenset(path.name for path in paths), "\n".join(path.read_text() for path in paths)
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_every_test_that_is_named_exists(path: Path) -> None:
+    files, text = sources_of_tests()
+    for name, is_file in re.findall(r"`(?:[\w/]*/)?(test_\w+)(\.py)?`", text_of(path)):
+        assert f"{name}.py" in files if is_file else f"def {name}(" in text, name

@@ -15,6 +15,7 @@ from pie_async.messages import (
     AnyMessage,
     BlockMove,
     CopyRun,
+    FirstToken,
     IterationObserved,
     LaneBinding,
     LimitCause,
@@ -62,6 +63,7 @@ PARTS = {
     ),
     TableUpdate: st.builds(TableUpdate, INTS, INTS, TOKENS),
     CopyRun: st.builds(CopyRun, INTS, INTS, INTS),
+    FirstToken: st.builds(FirstToken, INTS, SECONDS, SECONDS),
     BlockMove: st.builds(BlockMove, INTS, INTS, INTS),
     SampledToken: st.builds(SampledToken, INTS, INTS, st.floats(-50, 0), INTS, PAIRS),
 }
@@ -74,7 +76,7 @@ PARTS[Advance] = st.builds(
     st.none() | PARTS[SampledToken],
     st.none() | REASONS,
     st.none() | INTS,
-    INTS,
+    st.none() | PARTS[FirstToken],
     st.none() | st.text(max_size=9),
     st.none() | st.text(max_size=9),
 )

@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from pie_async.errors import EngineStopped
-from pie_async.messages import Advance, PromptLogprobs, SampledToken
+from pie_async.messages import Advance, FirstToken, PromptLogprobs, SampledToken
 from pie_async.request_stream import RequestStream
 from pie_async.sampling_params import SamplingParams
 from tests.support.request_streams import a_stream
@@ -61,10 +61,27 @@ async def test_deltas_add_up_to_the_whole():
 
 async def test_what_later_sequences_find_is_the_first_ones_and_not_saved():
     stream = stream_of(n=2)
-    stream.push(Advance(2, SampledToken(2, 97), None, None, 64))
+    stream.push(Advance(2, SampledToken(2, 97), None, None, FirstToken(64)))
     assert (await anext(stream)).num_cached_tokens == 0
-    stream.push(Advance(1, SampledToken(1, 97), None, None, 32))
+    stream.push(Advance(1, SampledToken(1, 97), None, None, FirstToken(32)))
     assert (await anext(stream)).num_cached_tokens == 32
+
+
+async def test_an_output_that_has_ended_says_where_its_time_went():
+    stream = stream_of(stop=("!",))
+    stream.push(Advance(1, SampledToken(1, 97), first=FirstToken(0, 0.5, 0.25)))
+    assert (await anext(stream)).outputs[0].times is None
+    await asyncio.sleep(2)  # of virtual time
+    push(stream, "b!")
+    times = (await anext(stream)).outputs[0].times
+    assert (times.queued_s, times.prefill_s, times.decode_s) == (0.5, 0.25, 2.0)
+    assert times.inference_s == 2.25
+
+
+async def test_an_output_without_a_token_has_no_times():
+    stream = stream_of()
+    stream.push(Advance(1, None, "abort"))
+    assert (await anext(stream)).outputs[0].times is None
 
 
 async def test_a_delta_names_only_sequences_with_news():
@@ -300,7 +317,7 @@ async def test_a_cancelled_wait_loses_nothing():
 
 async def test_outputs_say_which_request_they_belong_to_and_what_was_found():
     stream = a_stream(1, prompt="hi")
-    stream.push(Advance(1, SampledToken(1, 97), None, None, 32))
+    stream.push(Advance(1, SampledToken(1, 97), None, None, FirstToken(32)))
     output = await anext(stream)
     assert (output.request_id, output.prompt) == ("request", "hi")
     assert (output.prompt_token_ids, output.num_cached_tokens) == ((1, 2), 32)

@@ -128,6 +128,7 @@ class SchedulerActor(Actor[SchedulerMail]):
         await super().run()
 
     def handle(self, mail: SchedulerMail) -> None:
+        self._schedule.now_s = self._now_s()
         self._take_in(mail)
         if self._checks_invariants:
             invariants.check(self._schedule)

@@ -102,6 +102,12 @@ def create_app(
     registry = metrics.registry
     if vllm_metrics:
         registry = with_vllm_names(registry, model)
+    expose = make_aiohttp_handler(registry)
+
+    async def tell_metrics(request: web.Request) -> web.StreamResponse:
+        await metrics.time_loop()
+        return await expose(request)
+
     app.add_routes(
         [
             web.post("/v1/chat/completions", handlers.chat, expect_handler=expect_body),
@@ -113,7 +119,7 @@ def create_app(
             web.get("/v1/models/{model:.+}", handlers.model),
             web.get("/health", handlers.health, name=UNGUARDED_ROUTE),
             web.get("/ready", handlers.ready),
-            web.get("/metrics", make_aiohttp_handler(registry)),
+            web.get("/metrics", tell_metrics),
             web.get("/version", handlers.version),
             web.get("/openapi.json", handlers.openapi),
             web.get("/", watching.page, name=PAGE_ROUTE),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate
@@ -21,11 +22,18 @@ from prometheus_client.utils import floatToGoString
 from pie_async.messages import LimitCause
 from pie_async.metrics import EngineStats
 from pie_async.openai.backend import Backend
-from pie_async.outputs import FinishReason
+from pie_async.outputs import FinishReason, SequenceTimes
 
 _TTFT_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 _ITL_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.1, 0.25, 0.5, 1, 5)
 _E2E_BUCKETS_S = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
+_SPENT = {
+    "queued_s": ("pie:queue_seconds", "From a choice's arrival at the engine until it ran first"),
+    "prefill_s": ("pie:prefill_seconds", "From a choice's first run to its first token"),
+    "decode_s": ("pie:decode_seconds", "From a choice's first token to its end"),
+    "inference_s": ("pie:inference_seconds", "From a choice's first run to its end"),
+}
+"""Histograms of `SequenceTimes`."""
 
 
 class Durations(Collector):
@@ -72,7 +80,11 @@ class ServerMetrics:
             "From reading a request to its last output token",
             _E2E_BUCKETS_S,
         )
-        for durations in (self._ttft, self._itl, self._e2e):
+        self._spent = {
+            field: Durations(name, text, _TTFT_BUCKETS_S + _E2E_BUCKETS_S[-3:])
+            for field, (name, text) in _SPENT.items()
+        }
+        for durations in (self._ttft, self._itl, self._e2e, *self._spent.values()):
             self.registry.register(durations)
         self.observe_ttft = self._ttft.observe
         self.observe_itl = self._itl.observe
@@ -89,9 +101,24 @@ class ServerMetrics:
             ["route", "status"],
             registry=self.registry,
         )
+        self._lag = Gauge(
+            "pie:event_loop_lag_seconds",
+            "How long a turn of the server's event loop took when this was asked, in seconds",
+            registry=self.registry,
+        )
         Gauge(
             "pie:event_loop_tasks", "Tasks of the server's event loop", registry=self.registry
         ).set_function(lambda: len(asyncio.all_tasks()))
+
+    async def time_loop(self) -> None:
+        """Let everything that is ready run once, and note how long that took."""
+        began_s = time.perf_counter()  # a loop's own clock may stand still during a turn
+        await asyncio.sleep(0)
+        self._lag.set(time.perf_counter() - began_s)
+
+    def observe_times(self, times: SequenceTimes) -> None:
+        for field, durations in self._spent.items():
+            durations.observe(getattr(times, field))
 
     def count_finished(self, reason: FinishReason) -> None:
         self._finished.labels(reason).inc()

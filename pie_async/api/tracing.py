@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 from aiohttp import web
 
 from pie_async.errors import ConfigError
 from pie_async.openai.latency import LatencySink
-from pie_async.outputs import FinishReason
+from pie_async.outputs import FinishReason, SequenceTimes
 
 if TYPE_CHECKING:
     from aiohttp.typedefs import Handler, Middleware
@@ -91,6 +92,10 @@ class SpanSink:
     def observe_e2e(self, e2e_s: float) -> None:
         self._inner.observe_e2e(e2e_s)
         self._span().set_attribute("gen_ai.server.request.duration", e2e_s)
+
+    def observe_times(self, times: SequenceTimes) -> None:
+        self._inner.observe_times(times)
+        self._span().add_event("times", msgspec.structs.asdict(times))
 
     def count_finished(self, reason: FinishReason) -> None:
         self._inner.count_finished(reason)

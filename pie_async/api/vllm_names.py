@@ -1,7 +1,7 @@
 """The project's metrics under vLLM's names, so that its dashboards and its tools work unchanged.
 
-Only what means the same is there. What vLLM has and this server does not count (queue, prefill
-and decode time of single requests) is missing rather than guessed.
+Only what means the same is there. vLLM's histograms of a request's times are of each of its `n`
+outputs, and so are these.
 """
 
 from __future__ import annotations
@@ -16,6 +16,10 @@ _HISTOGRAMS = {
     "pie:ttft_seconds": "vllm:time_to_first_token_seconds",
     "pie:itl_seconds": "vllm:inter_token_latency_seconds",
     "pie:e2e_seconds": "vllm:e2e_request_latency_seconds",
+    "pie:queue_seconds": "vllm:request_queue_time_seconds",
+    "pie:prefill_seconds": "vllm:request_prefill_time_seconds",
+    "pie:decode_seconds": "vllm:request_decode_time_seconds",
+    "pie:inference_seconds": "vllm:request_inference_time_seconds",
 }
 _DIRECTIONS = {"h2d": "CPU_to_GPU", "d2h": "GPU_to_CPU"}
 

@@ -28,11 +28,10 @@ from pie_async.metrics import EngineStats
 from pie_async.workload import WorkItem
 
 HOW_FAR_OFF = (
-    "Simulated, not measured. Beside an H200 with the host pool the simulator was 4 to 6 % low "
-    "without pooling and 2 to 7 % high with it; gains measured as 1.73, 1.22, 1.15 it told as "
-    "1.41, 1.20, 1.12. With the pool in a second H200, measured throughput was 76 to 98 % of what "
-    "it says. It was calibrated further since, which has not been compared, and it has been "
-    "compared with no other GPU (docs/deciding.md)."
+    "Simulated, not measured. Beside an H200 its throughput was 2 to 7 % high without a pool, "
+    "3 to 9 % high with the host pool and 0 to 11 % high with one in a second H200; its gains "
+    "were 1 to 2 % high with the host pool and -2 to 3 % high with the other. It has been compared "
+    "with no other GPU (docs/deciding.md)."
 )
 WORK_BYTES = 600 * MIB + 3 * GIB
 """What a card holds beside weights and KV: context, activations, graphs. About."""

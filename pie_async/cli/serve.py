@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -17,6 +18,8 @@ from pie_async.cli.options import MODEL, one_of, size, with_engine_flags
 from pie_async.cli.running import begun, messages, run_async, started, starting
 from pie_async.config import BUILTIN_MODEL, EngineConfig
 from pie_async.errors import ConfigError
+from pie_async.runtime.logs import FORMATS, log_as
+from pie_async.settings import variable_of
 
 if TYPE_CHECKING:
     from pie_async.engine import Engine
@@ -87,6 +90,11 @@ def serve(
                      help="Send a span for each request to OTEL_EXPORTER_OTLP_ENDPOINT (extra "
                           "otel)."),
     ] = False,
+    log_format: Annotated[
+        str,
+        typer.Option(parser=one_of(*FORMATS), metavar="|".join(FORMATS), rich_help_panel=_PANEL,
+                     help="How warnings and errors are written to standard error."),
+    ] = "text",
     in_process: Annotated[
         bool,
         typer.Option("--in-process", rich_help_panel=_PANEL,
@@ -112,6 +120,8 @@ def serve(
     from pie_async.api.auth import ApiKeys
     from pie_async.cli.plan import memory_plan, memory_warning, plan_lines
 
+    os.environ[variable_of("log-format")] = log_format  # for the engine's process too
+    log_as(log_format)
     keys = ApiKeys(_read_keys(api_key_file))  # in clear no longer than this takes
     tracer = None
     if otel:

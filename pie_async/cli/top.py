@@ -6,7 +6,8 @@ from typing import Annotated
 
 import typer
 
-from pie_async.cli.running import messages, run_async
+from pie_async.cli.running import run_async
+from pie_async.errors import ConfigError
 from pie_async.settings import variable_of
 
 URL = Annotated[
@@ -64,8 +65,7 @@ async def _watch(url: str, api_key: str | None) -> int:
     screen, client = Screen(), LiveClient(url, api_key=api_key)
     console = Console(highlight=False)
     if not console.is_terminal:
-        messages().print("standard output is no terminal: --once shows it once")
-        return 2
+        raise ConfigError("standard output is no terminal; --once shows it once")
     has_begun = False
     with Live(screen, console=console, screen=True, auto_refresh=False) as live:
         while True:

@@ -23,6 +23,7 @@ from pie_async.ids import BlockId, DeviceSlot, HostSlot, IterationId, Lane, Sequ
 from pie_async.messages import (
     Advance,
     BlockMove,
+    FirstToken,
     MaskMade,
     MaskOrder,
     PoolGrown,
@@ -112,6 +113,8 @@ class Schedule:
     """Whether a sequence may take over blocks that another one has computed."""
     prefix_seed: bytes = b""
     """Makes the blocks' digests this process's own."""
+    now_s: float = 0.0
+    """When the message came that is being handled: core reads no clock."""
     streamed_limit: int = 0
     """Blocks that may be streamed, as the governor says."""
     shrink_tolerance: float = SHRINK_TOLERANCE
@@ -180,6 +183,7 @@ class Schedule:
                 max_tokens=command.max_tokens,
                 order=(command.priority, self._arrivals),
                 is_guided=command.sampling.structured_outputs is not None,
+                arrived_s=self.now_s,
                 prefix_root=prefix_root,
             )
             self._arrivals += 1
@@ -432,6 +436,8 @@ class Schedule:
         assert lane is not None
         seq.lane = Lane(lane)
         seq.is_bound = False
+        if seq.started_s is None:
+            seq.started_s = self.now_s
         if seq.table and not seq.table[-1].is_sealed:
             self.residency.reopen(seq.table[-1])
         insort(self.running, seq, key=_by_order)
@@ -663,14 +669,22 @@ class Schedule:
         seq.tokens.append(token.token)
         seq.samples_in_flight -= 1
         num_outputs = len(seq.tokens) - seq.prompt_len
-        cached = 0
+        first = None
         if num_outputs == 1:
-            cached = seq.num_cached_tokens or 0
+            first = self._first_token(seq)
             self._free_followers(seq)
         reason, stop_token = self._end(seq, token.token, num_outputs)
         if reason is not None:
             self.finish(seq, reason)
-        return Advance(seq.id, token, reason, stop_token, cached)
+        return Advance(seq.id, token, reason, stop_token, first)
+
+    def _first_token(self, seq: Sequence) -> FirstToken:
+        assert seq.started_s is not None
+        return FirstToken(
+            cached_tokens=seq.num_cached_tokens or 0,
+            queued_s=seq.started_s - seq.arrived_s,
+            prefill_s=self.now_s - seq.started_s,
+        )
 
     def _end(
         self, seq: Sequence, token: int, num_outputs: int

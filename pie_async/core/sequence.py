@@ -55,6 +55,9 @@ class Sequence:
     """(priority, arrival number): the order in which sequences are served."""
     is_guided: bool = False
     """Whether what it may sample depends on what it has sampled."""
+    arrived_s: float = 0.0
+    started_s: float | None = None
+    """When it ran first; times are the scheduler's."""
     prefix_root: bytes = b""
     """Its tenant's: what its first block's digest is chained to."""
     state: State = State.WAITING

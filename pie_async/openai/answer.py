@@ -18,6 +18,7 @@ from pie_async.openai.usage import UsageCounter
 from pie_async.outputs import RequestOutput
 
 _log = logging.getLogger(__name__)
+_FAILED = "request %s failed: %s"
 
 
 class Writer(Protocol):
@@ -159,6 +160,6 @@ def log_failure(error: BaseException, name: str) -> None:
     """
     status = error_reply(error).status
     if status == 500:
-        _log.error("request %s failed: %s", name, error, exc_info=error)
+        _log.error(_FAILED, name, error, exc_info=error, extra={"request_id": name})
     elif status > 500:
-        _log.warning("request %s failed: %s", name, error)
+        _log.warning(_FAILED, name, error, extra={"request_id": name})

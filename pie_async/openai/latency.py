@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Protocol
 
 from pie_async.openai.feed import Arrival
-from pie_async.outputs import FinishReason
+from pie_async.outputs import FinishReason, SequenceTimes
 
 
 class LatencySink(Protocol):
@@ -16,6 +16,9 @@ class LatencySink(Protocol):
     def observe_itl(self, itl_s: float) -> None: ...
 
     def observe_e2e(self, e2e_s: float) -> None: ...
+
+    def observe_times(self, times: SequenceTimes) -> None:
+        """Of a choice that ended."""
 
     def count_finished(self, reason: FinishReason) -> None:
         """One choice ended."""
@@ -29,6 +32,8 @@ class NoLatencySink:
     def observe_itl(self, itl_s: float) -> None: ...
 
     def observe_e2e(self, e2e_s: float) -> None: ...
+
+    def observe_times(self, times: SequenceTimes) -> None: ...
 
     def count_finished(self, reason: FinishReason) -> None: ...
 
@@ -53,6 +58,8 @@ class RequestLatency:
                     self._sink.observe_itl(0.0)  # they came together
             if choice.finish_reason is not None:
                 self._sink.count_finished(choice.finish_reason)
+                if choice.times is not None:
+                    self._sink.observe_times(choice.times)
 
     def finish(self, at_s: float) -> None:
         """Measure the request as a whole."""

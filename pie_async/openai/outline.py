@@ -43,6 +43,7 @@ _NEUTRAL_FOR_BOTH: dict[str, tuple[Any, ...]] = {
 _NEUTRAL_FOR_COMPLETIONS: dict[str, tuple[Any, ...]] = {
     **_NEUTRAL_FOR_BOTH,
     "add_special_tokens": (True,),
+    "max_completion_tokens": (),
     "prompt_embeds": (),
     "suffix": ("",),
 }
@@ -51,6 +52,7 @@ _NEUTRAL_FOR_CHAT: dict[str, tuple[Any, ...]] = {
     "add_generation_prompt": (True,),
     "add_special_tokens": (False,),
     "audio": (),
+    "best_of": (1,),
     "chat_template": (),
     "continue_final_message": (False,),
     "documents": ([],),

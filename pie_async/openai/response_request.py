@@ -234,7 +234,7 @@ def _nested(tool: FlatTool) -> Tool:
 
 FIELD_NAMES = {
     "max_completion_tokens": "max_output_tokens",
-    "response_format.json_schema.schema": "text.format.schema",
+    "response_format.json_schema": "text.format",
     "response_format": "text.format",
     "].function.": "].",
     "tool_choice.function.name": "tool_choice.name",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Annotated, Any
 
@@ -17,6 +18,7 @@ Schema = Annotated[
 ]
 """Kept raw: llguidance reads it."""
 _ABSENT = (b"", b"null")
+_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 
 class JsonSchemaFormat(msgspec.Struct, frozen=True, kw_only=True):
@@ -49,6 +51,11 @@ class ResponseFormat(msgspec.Struct, frozen=True, kw_only=True):
             )
         if self.json_schema is None:
             raise _refusal("response_format.json_schema", "is required")
+        name = self.json_schema.name
+        if name is not None and not _NAME.fullmatch(name):
+            raise _refusal(
+                "response_format.json_schema.name", "must be 1 to 64 letters, digits, '_' or '-'"
+            )
         schema = _text_of(self.json_schema.schema)
         if schema is None:
             raise _refusal(SCHEMA_FIELD, "is required")
@@ -66,9 +73,12 @@ class StructuredOutputsField(msgspec.Struct, frozen=True, kw_only=True):
     regex: str | None = None
     choice: list[str] | None = None
     grammar: str | None = None
+    structural_tag: Annotated[Any, msgspec.Meta(description="Not supported.")] = None
 
     def guide(self) -> StructuredOutputs | None:
         """None: nothing is given."""
+        if self.structural_tag is not None:
+            raise _refusal("structured_outputs.structural_tag", "is not supported; leave it out")
         given: dict[str, Any] = {
             "json": _schema_of(self.json),
             "json_object": self.json_object,

@@ -33,6 +33,8 @@ from pie_async.resilience.wire import (
     WireError,
 )
 from pie_async.runtime.heap import settle
+from pie_async.runtime.logs import log_as
+from pie_async.settings import variable_of
 
 ALIVE_EVERY_S = 0.25
 LEAVE_S = 5.0
@@ -135,6 +137,7 @@ def main(fd: int) -> int:
     # The front decides when this ends: what is sent to all processes of a group is its to handle.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+    log_as(os.environ.get(variable_of("log-format"), "text"))
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR1)  # which the front sends before it kills a silent one
     connection = socket.socket(fileno=fd)

@@ -124,6 +124,8 @@ BAD_PARAMETERS = [
     (COMPLETIONS, {"prompt": [["a"]]}, "prompt[0][0]"),
     (COMPLETIONS, completion(best_of=10**6), "best_of"),
     (COMPLETIONS, completion(suffix="end"), "suffix"),
+    (COMPLETIONS, completion(max_completion_tokens=9), "max_completion_tokens"),
+    (CHAT, chat(best_of=2), "best_of"),
     (COMPLETIONS, completion(stream_options={"include_usage": True}), "stream_options"),
     (CHAT, chat(stream_options={"include_usage": True}), "stream_options"),
     (CHAT, chat(stream=True, stream_options={"include_usage": 1}), "stream_options.include_usage"),
@@ -137,6 +139,13 @@ BAD_PARAMETERS = [
             ({"type": "json_schema"}, ".json_schema"),
             ({"type": "json_schema", "json_schema": {"name": "a"}}, ".json_schema.schema"),
             ({"type": "json_schema", "json_schema": "a"}, ".json_schema"),
+            *[
+                (
+                    {"type": "json_schema", "json_schema": {"name": name, "schema": {}}},
+                    ".json_schema.name",
+                )
+                for name in ("", "x" * 65, "two words", "a\nb")
+            ],
         )
     ],
     (COMPLETIONS, completion(structured_outputs={"regex": "a", "choice": ["b"]}), GUIDE),
@@ -145,6 +154,7 @@ BAD_PARAMETERS = [
     (COMPLETIONS, completion(structured_outputs={"choice": []}), f"{GUIDE}.choice"),
     (COMPLETIONS, completion(structured_outputs={"choice": ["a", ""]}), f"{GUIDE}.choice"),
     (COMPLETIONS, completion(structured_outputs={"choice": "ab"}), f"{GUIDE}.choice"),
+    (CHAT, chat(structured_outputs={"structural_tag": "{}"}), f"{GUIDE}.structural_tag"),
     (COMPLETIONS, completion(guided_regex=""), "guided_regex"),
     (COMPLETIONS, completion(guided_regex="a", guided_choice=["b"]), "guided_choice"),
     (CHAT, chat(guided_regex="a", response_format={"type": "json_object"}), "guided_regex"),

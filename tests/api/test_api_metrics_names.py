@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from pie_async.engine import Engine
 from pie_async.metrics import EngineStats
 from tests.support.fake_engine import FakeEngine
 
@@ -70,6 +72,23 @@ async def test_without_being_asked_for_they_are_not(server) -> None:
     assert found and not [name for name in found if name.startswith("vllm:")]
 
 
+async def test_a_loop_that_is_held_up_is_seen(server) -> None:
+    is_over = asyncio.Event()
+
+    async def hold_up() -> None:
+        while not is_over.is_set():
+            time.sleep(0.05)  # noqa: ASYNC251 - that is what it is to see
+            await asyncio.sleep(0)
+
+    assert (await scraped(server))["pie:event_loop_lag_seconds"][0][1] < 0.05
+    holding = asyncio.create_task(hold_up())
+    await asyncio.sleep(0)
+    found = await scraped(server)
+    is_over.set()
+    await holding
+    assert 0.05 <= found["pie:event_loop_lag_seconds"][0][1] < 5
+
+
 # --- spans ----------------------------------------------------------------------------------
 
 
@@ -116,6 +135,17 @@ async def test_a_request_is_a_span_of_its_callers_trace(start, spans, is_streame
     assert events["done"] == {"gen_ai.response.finish_reason": "stop"}
     assert ("first token" in events) == is_streamed
     assert "secret" not in json.dumps(json.loads(span.to_json()))
+
+
+async def test_a_span_says_where_the_time_went(start, spans) -> None:
+    exporter, tracer = spans
+    async with Engine(device="sim") as engine:
+        server = await start(engine, tracer=tracer)
+        status, _ = await server.post("/v1/completions", {"prompt": "Hi", "max_tokens": 3})
+        assert status == 200
+    events = {event.name: event.attributes for event in (await only_span(exporter)).events}
+    assert events["times"].keys() == {"queued_s", "prefill_s", "decode_s"}
+    assert events["times"]["decode_s"] > 0
 
 
 async def test_a_refused_request_is_a_span_with_the_refusal(start, spans) -> None:

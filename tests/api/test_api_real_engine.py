@@ -57,6 +57,25 @@ async def test_refusals_of_the_engine_name_the_clients_field(start, engine) -> N
         assert (status, error["param"], error["code"]) == (400, param, code)
 
 
+@pytest.mark.parametrize("is_streamed", [True, False])
+async def test_each_choices_time_is_counted_once_and_adds_up(start, engine, is_streamed) -> None:
+    server = await start(engine, vllm_metrics=True)
+    body = {"prompt": "Hello", "n": 2, "max_tokens": 6, "ignore_eos": True, "stream": is_streamed}
+    async with server.http.post("/v1/completions", json=body) as reply:
+        assert reply.status == 200
+        await reply.read()
+    async with server.http.get("/metrics") as reply:
+        values = dict(line.rsplit(" ", 1) for line in (await reply.text()).splitlines())
+    spent = {}
+    for name in ("queue", "prefill", "decode", "inference"):
+        assert float(values[f"pie:{name}_seconds_count"]) == 2
+        spent[name] = float(values[f"pie:{name}_seconds_sum"])
+        alias = f'vllm:request_{name}_time_seconds_sum{{model_name="{engine.model.name}"}}'
+        assert float(values[alias]) == spent[name]
+    assert spent["decode"] > spent["prefill"] > 0
+    assert spent["inference"] == pytest.approx(spent["prefill"] + spent["decode"])
+
+
 async def test_a_prompt_can_be_scored_without_generating(start, engine) -> None:
     server = await start(engine)
     body = {"prompt": [[1, 2, 3], [4, 5]], "echo": True, "logprobs": 1, "n": 1}

@@ -189,6 +189,10 @@ BAD = [
      "tool_choice.name"),
     ({"input": "a", "text": {"format": {"type": "yaml"}}}, "text.format.type"),
     ({"input": "a", "text": {"format": {"type": "json_schema"}}}, "text.format.schema"),
+    (
+        {"input": "a", "text": {"format": {"type": "json_schema", "name": "a b", "schema": {}}}},
+        "text.format.name",
+    ),
 ]  # fmt: skip
 
 

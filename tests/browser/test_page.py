@@ -9,6 +9,7 @@ import asyncio
 import os
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from aiohttp import web
 
 from pie_async import Engine, EngineConfig, SamplingParams
 from pie_async.api import create_app
+from tests.support import browsers
 
 CONFIG = EngineConfig(device_kv_bytes=2**20, host_pool_bytes=32 * 2**20, cpu_threads=1)
 KEY = "the-key"
@@ -178,12 +180,14 @@ def test_the_model_answers_stops_and_starts_anew(open_page) -> None:
 
 def test_everything_can_be_reached_by_keyboard(open_page) -> None:
     page = open_page()
-    reached = []
+    page.evaluate("""() => {
+      window.reached = [];
+      document.addEventListener("focusin", ({ target: { id, className } }) =>
+        reached.push(id || className));
+    }""")
     for _ in range(36):
         page.keyboard.press("Tab")
-        reached.append(
-            page.evaluate("document.activeElement.id || document.activeElement.className")
-        )
+    reached = page.evaluate("reached")
     wanted = [
         "skip",
         "pause",
@@ -240,3 +244,16 @@ def test_a_wrong_key_is_told_and_another_one_may_be_tried(browser, server) -> No
         "JSON.stringify([localStorage, sessionStorage, document.cookie])"
     )
     context.close()
+
+
+@pytest.mark.usefixtures("browser")  # where there is none this is skipped
+@pytest.mark.parametrize("most_s", [0.5, 3.0])
+def test_a_browser_that_does_not_answer_is_given_up(most_s: float) -> None:
+    def ask_in_vain() -> None:
+        with browsers.running(most_s=most_s) as browser:
+            browser.new_page().evaluate("new Promise(() => {})")
+
+    with ThreadPoolExecutor(1) as thread:  # the fixture's playwright has this one
+        asked = thread.submit(ask_in_vain)
+        with pytest.raises(pytest.fail.Exception, match="was not done after"):
+            asked.result(60)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import msgspec
@@ -12,7 +13,7 @@ from pie_async import Engine, EngineConfig
 from pie_async import model as model_room
 from pie_async.__main__ import main
 from pie_async.cli.measure import measure
-from pie_async.cli.prediction import Prediction, steady_tokens_per_s
+from pie_async.cli.prediction import HOW_FAR_OFF, Prediction, steady_tokens_per_s
 from pie_async.config import GIB
 from pie_async.device.cost_model import GPUS, LINKS, USUAL_LINKS, Machine
 from pie_async.measurements import RequestTimes
@@ -70,6 +71,17 @@ def test_where_all_fits_pooling_would_not_pay(tmp_path, capsys) -> None:
     said = " ".join(capsys.readouterr().out.split())
     assert "h200: pooling would not pay" in said
     assert "Simulated, not measured" in said
+
+
+def test_what_it_says_of_its_error_is_what_the_documents_say() -> None:
+    docs = Path(__file__).parents[2] / "docs"
+    rows = re.findall(r"^\| [^|]*pool[^|]* \|( [\d, ]+ % \|)( [-\d, ]+ % \|)?",
+                      (docs / "deciding.md").read_text(), re.MULTILINE)  # fmt: skip
+    assert len(rows) == 3
+    for column in filter(None, (column for row in rows for column in row)):
+        shares = [int(share) for share in re.findall(r"-?\d+", column)]
+        assert f"{min(shares)} to {max(shares)} %" in HOW_FAR_OFF
+    assert "error-against-the-h200" in (docs / "deciding.md").read_text()
 
 
 @pytest.mark.parametrize(

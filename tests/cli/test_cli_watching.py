@@ -106,7 +106,8 @@ def test_bad_numbers_of_iterations_are_refused(count, capsys) -> None:
 
 def test_top_without_a_terminal_says_what_to_do(url, capsys) -> None:
     assert main(["top", url, "--api-key", "k"]) == 2
-    assert "--once" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert error.startswith("pie-async: ") and "--once" in error
 
 
 @pytest.mark.parametrize("width", [60, 100, 200])

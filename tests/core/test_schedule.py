@@ -89,7 +89,7 @@ def test_output_that_a_sequence_brings_counts_and_is_not_sampled_again():
     device.run()
     assert device.outputs[sequence] == [EOS, *[token_at(sequence, 10 + i) for i in range(3)]]
     assert ends(device) == [(sequence, "length", None)]
-    assert [advance.cached_tokens for advance in device.advances] == [0] * 4
+    assert not any(advance.first for advance in device.advances)
     assert_all_returned(device.schedule)
 
 
@@ -223,8 +223,25 @@ def test_the_prompt_is_computed_once_and_the_others_say_what_they_found():
     assert counts.cached_tokens == 3 * 16
     first_tokens = {}
     for advance in device.advances:
-        first_tokens.setdefault(advance.sequence, advance.cached_tokens)
+        if advance.first is not None:
+            assert advance.sequence not in first_tokens
+            first_tokens[advance.sequence] = advance.first.cached_tokens
     assert sorted(first_tokens.values()) == [0, 16, 16, 16]
+
+
+def test_a_first_token_says_how_long_its_sequence_waited_and_then_took():
+    device = a_device(max_running=1)
+    (one,) = device.submit(6, 2)
+    device.plan()
+    device.schedule.now_s = 2.0
+    (other,) = device.submit(6, 1)
+    device.schedule.now_s = 3.0
+    device.settle()
+    device.schedule.now_s = 5.0
+    device.run()
+    told = {advance.sequence: advance.first for advance in device.advances if advance.first}
+    assert (told[one].queued_s, told[one].prefill_s) == (0.0, 3.0)
+    assert (told[other].queued_s, told[other].prefill_s) == (3.0, 0.0)
 
 
 def test_followers_wait_only_for_the_shared_part_of_the_prompt():
