@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -85,3 +86,30 @@ async def starting(engine: E) -> AsyncIterator[E]:
             yield engine
     finally:
         await engine.aclose()
+
+
+@asynccontextmanager
+async def apart(
+    config: EngineConfig, faults: FaultPlan | None
+) -> AsyncIterator[Engine | ResilientEngine]:
+    """An engine in a process of its own. When it is given up, the server ends as on a signal, and
+    its failure is raised."""
+    from pie_async.resilience.engine import ResilientEngine
+    from pie_async.watching import watch_loop
+
+    async with starting(ResilientEngine(config, faults=faults)) as running:
+        watchdog = watch_loop(config)
+
+        async def stop_when_failed() -> None:
+            await running.failed()
+            signal.raise_signal(signal.SIGTERM)
+
+        watch = asyncio.create_task(stop_when_failed())
+        try:
+            yield running
+        finally:
+            watch.cancel()
+            if watchdog is not None:
+                watchdog.close()
+        if running.failure is not None:
+            raise running.failure

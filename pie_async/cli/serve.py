@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
-import signal
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Callable
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -15,15 +12,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pie_async.cli.options import MODEL, one_of, size, with_engine_flags
-from pie_async.cli.running import begun, messages, run_async, started, starting
 from pie_async.config import BUILTIN_MODEL, EngineConfig
 from pie_async.errors import ConfigError
 from pie_async.runtime.logs import FORMATS, log_as
 from pie_async.settings import variable_of
 
 if TYPE_CHECKING:
-    from pie_async.engine import Engine
-    from pie_async.resilience.engine import ResilientEngine
     from pie_async.runtime.faults import FaultPlan
 
 _PANEL = "Server"
@@ -117,8 +111,11 @@ def serve(
     Stop it with Ctrl-C: what is being answered is finished first.
     """
     del model  # it is in the engine's configuration
+    import asyncio  # none of these for --help
+
     from pie_async.api.auth import ApiKeys
     from pie_async.cli.plan import memory_plan, memory_warning, plan_lines
+    from pie_async.cli.running import apart, begun, messages, run_async, started
 
     os.environ[variable_of("log-format")] = log_format  # for the engine's process too
     log_as(log_format)
@@ -137,7 +134,7 @@ def serve(
         console.print(warning, style="yellow", markup=False, soft_wrap=True)
 
     async def main() -> int:
-        run_engine = partial(started, exits_when_stuck=True) if in_process else _apart
+        run_engine = partial(started, exits_when_stuck=True) if in_process else apart
         async with begun(run_engine(engine, plan_of_faults)) as starting_engine:
             # Not before: aiohttp takes half a second, in which the engine's process can start.
             api = await asyncio.to_thread(import_module, "pie_async.api.server")
@@ -164,34 +161,9 @@ def serve(
     return run_async(main())
 
 
-@asynccontextmanager
-async def _apart(
-    config: EngineConfig, faults: FaultPlan | None
-) -> AsyncIterator[Engine | ResilientEngine]:
-    """An engine in a process of its own. When it is given up, the server ends as on a signal, and
-    its failure is raised."""
-    from pie_async.resilience.engine import ResilientEngine
-    from pie_async.watching import watch_loop
-
-    async with starting(ResilientEngine(config, faults=faults)) as running:
-        watchdog = watch_loop(config)
-
-        async def stop_when_failed() -> None:
-            await running.failed()
-            signal.raise_signal(signal.SIGTERM)
-
-        watch = asyncio.create_task(stop_when_failed())
-        try:
-            yield running
-        finally:
-            watch.cancel()
-            if watchdog is not None:
-                watchdog.close()
-        if running.failure is not None:
-            raise running.failure
-
-
 def _announcer(name: str) -> Callable[[str], None]:
+    from pie_async.cli.running import messages
+
     def announce(url: str) -> None:
         # scripts wait for this line on standard output
         place = f"{url}/v1" if url.startswith("http") else url

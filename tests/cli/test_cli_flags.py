@@ -183,7 +183,7 @@ def test_what_is_asked_of_the_program_is_answered_by_it(arguments, capsys):
 
 
 def test_help_loads_nothing_that_takes_long():
-    heavy = ("torch", "aiohttp", "transformers", "rich", "pydantic")
+    heavy = ("torch", "aiohttp", "transformers", "rich", "pydantic", "asyncio")
     script = (
         "import sys; from pie_async.__main__ import main; main(['serve', '--help']);"
         f"sys.exit(any(name in sys.modules for name in {heavy}))"
