@@ -17,7 +17,7 @@ def lines(caplog) -> list[dict]:
 
 def test_a_failed_request_is_a_line_with_its_id_and_the_traceback(caplog) -> None:
     def fail() -> None:
-        raise RuntimeError("two\nlines \ud800")
+        raise RuntimeError("two\nlines")
 
     try:
         fail()
@@ -26,7 +26,7 @@ def test_a_failed_request_is_a_line_with_its_id_and_the_traceback(caplog) -> Non
     (line,) = lines(caplog)
     assert line["request_id"] == "req_7"
     assert (line["level"], line["logger"]) == ("error", "pie_async.openai.answer")
-    assert line["text"] == "request req_7 failed: two\nlines \ud800"
+    assert line["text"] == "request req_7 failed: two\nlines"
     assert "RuntimeError" in line["traceback"] and __file__ in line["traceback"]
 
 
@@ -35,3 +35,10 @@ def test_others_have_a_time_and_no_more_than_there_is(caplog) -> None:
     (line,) = lines(caplog)
     assert line.keys() == {"at", "level", "logger", "text"}
     assert line["text"] == "the pool is short" and line["at"].endswith("+00:00")
+
+
+def test_half_a_character_can_be_written_down() -> None:
+    text = "half \ud800"
+    record = logging.LogRecord("pie_async", logging.ERROR, __file__, 1, text, None, None)
+    written = JsonLines().format(record)
+    assert written.isascii() and json.loads(written)["text"] == text
