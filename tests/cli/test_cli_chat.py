@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import io
 import os
 import pty
@@ -10,6 +11,7 @@ import select
 import signal
 import subprocess
 import sys
+import termios
 import threading
 import time
 
@@ -22,6 +24,11 @@ pytestmark = pytest.mark.realtime
 SMALL = ["--device-kv", "2MiB", "--host-pool", "32MiB"]
 
 
+def _in_foreground() -> None:
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs ignore Ctrl-C
+
+
 class Terminal:
     """A command with a terminal of its own, in the foreground there."""
 
@@ -30,8 +37,7 @@ class Terminal:
         self.process = subprocess.Popen(
             [sys.executable, "-m", "pie_async", "chat", *SMALL, *arguments],
             stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True,
-            preexec_fn=lambda: __import__("fcntl").ioctl(0, __import__("termios").TIOCSCTTY, 0),
-            env={**os.environ, "TERM": "dumb"},
+            preexec_fn=_in_foreground, env={**os.environ, "TERM": "dumb"},
         )  # fmt: skip
         os.close(theirs)
         self.seen = ""
@@ -57,7 +63,7 @@ class Terminal:
 
 @pytest.fixture
 def terminal():
-    opened = Terminal("-n", "3000", "--seed", "3")
+    opened = Terminal("-n", "3000", "--temperature", "0")
     yield opened
     opened.close()
 
@@ -72,8 +78,10 @@ def test_ctrl_c_ends_the_answer_alone_and_ctrl_d_the_conversation(terminal) -> N
     terminal.wait_for("> ")
     terminal.type("\x03")
     terminal.wait_for("/new starts anew")
-    terminal.type("And you?\n")
-    terminal.wait_for(r"(?s)you\?\r\n.{20}")
+    terminal.type("/new\n")  # else how far the first answer came decides how long this one is
+    terminal.wait_for("> ")
+    terminal.type("Who goes there?\n")
+    terminal.wait_for(r"(?s)there\?\r\n.{20}")
     terminal.type("\x03")
     terminal.wait_for(r"\[stopped\]")
     terminal.type("\x04")

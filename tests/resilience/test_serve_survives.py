@@ -78,6 +78,12 @@ def test_a_stream_goes_on_after_kill_9_and_the_end_is_graceful(server):
     assert not os.path.exists(f"/proc/{successor}")
 
 
+def is_listening(path: Path) -> bool:
+    """The file is there a moment before anybody may connect."""
+    with socket.socket(socket.AF_UNIX) as client:
+        return client.connect_ex(str(path)) == 0
+
+
 def get(path: Path, target: str) -> tuple[int, dict]:
     """Status and JSON of one answer at a Unix socket."""
     with socket.socket(socket.AF_UNIX) as client:
@@ -96,7 +102,7 @@ def test_it_listens_while_the_model_is_loaded_and_says_so(tmp_path, flags):
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         try:
             until_s = time.monotonic() + 30
-            while not path.exists():
+            while not is_listening(path):
                 assert time.monotonic() < until_s
                 time.sleep(0.01)
             early = [get(path, target) for target in ("/health", "/ready", "/v1/models")]
