@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from pie_async import Engine, SamplingParams, StructuredOutputs
 from pie_async.config import GIB
+from pie_async.measurements import percentile
 from pie_async.testing import run_in_virtual_time
 
 SHARES = (0.0, 0.1, 1.0)
@@ -36,8 +37,8 @@ class Gaps(NamedTuple):
 
     @classmethod
     def of(cls, gaps_s: list[float]) -> Gaps:
-        at = sorted(gaps_s)
-        return cls(1e3 * statistics.median(at), 1e3 * at[int(0.99 * (len(at) - 1))])
+        ordered = sorted(gaps_s)
+        return cls(1e3 * percentile(ordered, 50), 1e3 * percentile(ordered, 99))
 
 
 async def times_of(engine: Engine, *, is_guided: bool, tokens: int, seed: int) -> list[float]:

@@ -29,6 +29,7 @@ from pie_async.assembly.sizing import (
     model_layout,
 )
 from pie_async.config import EngineConfig, parse_pool
+from pie_async.core.batch_shapes import buckets
 from pie_async.core.layout import KvLayout, affordable_groups
 from pie_async.core.token_budget import IterationCost, tokens_within
 from pie_async.errors import ConfigError, DeviceFault
@@ -290,7 +291,6 @@ def _tuned(config: EngineConfig, limits: Limits, decoder: Decoder) -> Product | 
     """The fastest products for this model on this card; None where torch's own are asked for."""
     if config.kernels == "torch":
         return None
-    from pie_async.core.batch_shapes import buckets
     from pie_async.cuda.tuning import Tuner
 
     quantization = decoder.config.quantization

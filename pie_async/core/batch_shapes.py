@@ -24,7 +24,7 @@ def batch_shape(rows: Sequence[Row], *, largest: int, max_tokens: int) -> BatchS
     """What these rows are padded to; None: they are run as they are.
 
     Args:
-        rows: at least one; those of one token first.
+        rows: at least one, in any order.
         largest: most rows of one token.
         max_tokens: most tokens of an iteration.
     """
