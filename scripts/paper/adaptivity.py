@@ -224,8 +224,8 @@ def draw(figure: Any, points: Sequence[Point]) -> None:
                 )
         axes.set_title(phase)
         axes.set_ylim(bottom=0)
-        axes.set_xlabel("blocks that may be streamed")
         axes.grid(alpha=0.3)
+    figure.supxlabel("blocks that may be streamed")
     panels[0].set_ylabel("output tokens/s, settled")
     panels[0].legend()
 
