@@ -269,7 +269,7 @@ class RequestStream:
             request_id=self.request_id,
             prompt=self._prompt,
             prompt_token_ids=self.prompt_token_ids,
-            outputs=tuple(output.take(is_delta=is_delta) for output in shown),
+            outputs=tuple([output.take(is_delta=is_delta) for output in shown]),
             finished=self.is_finished,
             prompt_logprobs=prompt_logprobs,
             num_cached_tokens=self._num_cached,

@@ -30,6 +30,8 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 ITERATION_S = 0.05
+LONGER = 5
+"""`cost`: times so many tokens in the longer streams."""
 PATH = "/v1/chat/completions"
 CONTENT = re.compile(rb'"delta":{"content":"((?:[^"\\]|\\.)*)"')
 ESCAPED = re.compile(rb"\\.")
@@ -181,46 +183,49 @@ def scripted_engine(tokens: int) -> Any:
 
 
 async def measure_cost(streams: int, tokens: int, rounds: int) -> None:
-    """CPU time of the serving process, its kernel work included, for each token."""
+    """CPU time of the serving process, its kernel work included: of a request, and of each token.
+
+    Streams of two lengths tell them apart.
+    """
+    short = await cost_of_stream(streams, tokens, rounds)
+    long = await cost_of_stream(streams, LONGER * tokens, rounds)
+    of_token = [(b - a) / (LONGER - 1) / tokens for a, b in zip(short, long, strict=True)]
+    of_request = [a - of_a * tokens for a, of_a in zip(short, of_token, strict=True)]
+    report(
+        "CPU time of streaming, HTTP and JSON, us",
+        token=statistics.median(of_token) * 1e6,
+        token_least=min(of_token) * 1e6,
+        token_most=max(of_token) * 1e6,
+        request=statistics.median(of_request) * 1e6,
+        request_and_tokens_by_token=statistics.median(short) / tokens * 1e6,
+        streams=streams,
+        tokens_each=(tokens, LONGER * tokens),
+    )
+
+
+async def cost_of_stream(streams: int, tokens: int, rounds: int) -> list[float]:
+    """Seconds of CPU time of one of `streams` at once, in each round."""
     from aiohttp import web
 
     from pie_async.api import create_app
     from pie_async.runtime.heap import settle
 
-    engine = scripted_engine(tokens)
-    runner = web.AppRunner(create_app(engine), access_log=None)
+    runner = web.AppRunner(create_app(scripted_engine(tokens)), access_log=None)
     await runner.setup()
     await web.TCPSite(runner, "127.0.0.1", 0).start()
     port = runner.addresses[0][1]
     settle()
-    costs, bare = [], []
+    costs = []
     for _ in range(rounds):
-        before_s = time.process_time()
-        readers = [await engine.submit() for _ in range(streams)]
-        await asyncio.gather(*map(drained, readers))
-        bare.append((time.process_time() - before_s) / (streams * tokens))
         reader = await asyncio.create_subprocess_exec(
             sys.executable, __file__, "read", str(port), str(streams), env=child_environment()
         )
         before_s = time.process_time()  # forking is none of it, and clients take long to start
         if await reader.wait():
             raise SystemExit("the clients failed")
-        costs.append((time.process_time() - before_s) / (streams * tokens))
+        costs.append((time.process_time() - before_s) / streams)
     await runner.cleanup()
-    report(
-        "CPU time of a streamed token, HTTP and JSON, us",
-        median=statistics.median(costs) * 1e6,
-        least=min(costs) * 1e6,
-        most=max(costs) * 1e6,
-        scripted_engine_alone=statistics.median(bare) * 1e6,
-        streams=streams,
-        tokens_each=tokens,
-    )
-
-
-async def drained(stream: Any) -> None:
-    async for _ in stream:
-        pass
+    return costs
 
 
 # --- many streams --------------------------------------------------------------------------------
@@ -304,27 +309,34 @@ def measure_streams(streams: int, seconds: float, in_process: bool) -> None:
 
 
 class Watcher(asyncio.Protocol):
-    """A client: notes when each token of its stream came."""
+    """A client: notes what came when, and looks at it when all is over: the processors are the
+    server's as well."""
 
     def __init__(self, request: bytes, ended: asyncio.Future[None]) -> None:
         self._request = request
         self._ended = ended
-        self.came_s: list[float] = []
-        self.is_whole = False
+        self._came: list[tuple[float, bytes]] = []
 
     def connection_made(self, transport: Any) -> None:
         transport.write(self._request)
 
     def data_received(self, data: bytes) -> None:
-        now_s = time.monotonic()
-        # A token of the simulated device is a character; several may come in one event.
-        for text in CONTENT.findall(data):
-            self.came_s += [now_s] * len(ESCAPED.sub(b".", text))
-        self.is_whole |= b"[DONE]" in data
+        self._came.append((time.monotonic(), data))
 
     def connection_lost(self, error: Exception | None) -> None:
         if not self._ended.done():
             self._ended.set_result(None)
+
+    @property
+    def is_whole(self) -> bool:
+        return b"[DONE]" in b"".join(data for _, data in self._came[-2:])
+
+    def came_s(self) -> Iterator[float]:
+        """When each token came. One of the simulated device is a character; several may come in
+        one event."""
+        for at_s, data in self._came:
+            for text in CONTENT.findall(data):
+                yield from [at_s] * len(ESCAPED.sub(b".", text))
 
 
 async def run_clients(port: int, streams: int, max_tokens: int) -> list[Watcher]:
@@ -358,7 +370,7 @@ async def watch(port: int, streams: int, tokens: int) -> None:
     gc.disable()
     watchers = await run_clients(port, streams, tokens)
     used_s = cpu_s(resource.RUSAGE_SELF)
-    late = [sorted(lateness(each.came_s)) for each in watchers]
+    late = [sorted(lateness(list(each.came_s()))) for each in watchers]
     p99s = sorted(each[len(each) * 99 // 100] for each in late)
     every = sorted(at_s for each in late for at_s in each)
     print(

@@ -229,7 +229,9 @@ class _Batch:
                 seq.is_bound = True
                 seq.dirty_from = 0
             if seq.dirty_from is not None:
-                slots = tuple(_read_slot(block) for block in seq.table[seq.dirty_from :])
+                # A list first: a tuple of unknown length is resized, and then fills up another of
+                # Python's free lists than it came from.
+                slots = tuple([_read_slot(block) for block in seq.table[seq.dirty_from :]])
                 self._plan.tables.append(TableUpdate(seq.lane, seq.dirty_from, slots))
                 seq.dirty_from = None
 

@@ -20,8 +20,8 @@ def split(
     Args:
         damaged: host slots from or to which nothing was copied right.
     """
-    copied = tuple(move.block for move in moves if move.host_slot not in damaged)
-    return copied, tuple(move.block for move in moves if move.host_slot in damaged)
+    copied = tuple([move.block for move in moves if move.host_slot not in damaged])
+    return copied, tuple([move.block for move in moves if move.host_slot in damaged])
 
 
 class Patience:

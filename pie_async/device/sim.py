@@ -314,9 +314,8 @@ class SimDevice:
                 self.checker.bind(binding)
             for update in command.tables:
                 self.checker.update_table(update)
-            rows = tuple(
-                FedRow(row, row.tokens or self.sampler.last_token(row)) for row in command.rows
-            )
+            fed = [FedRow(row, row.tokens or self.sampler.last_token(row)) for row in command.rows]
+            rows = tuple(fed)
             check_rows(rows)
             forward.checked = CheckedPass(command.iteration, rows)
         return forward

@@ -32,7 +32,7 @@ from pie_async.resilience.wire import (
     Wire,
     WireError,
 )
-from pie_async.runtime.heap import settle
+from pie_async.runtime.heap import settle, swept
 from pie_async.runtime.logs import log_as
 from pie_async.settings import variable_of
 
@@ -67,7 +67,8 @@ async def serve(connection: socket.socket) -> int:
         alive.cancel()
     settle()
     wire.post(Ready(model=engine.model))
-    return await _run(engine, wire)
+    async with swept():
+        return await _run(engine, wire)
 
 
 async def _run(engine: TokenEngine, wire: Wire[ToEngine]) -> int:
