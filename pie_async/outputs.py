@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Protocol
 
 import msgspec
 
@@ -68,3 +68,15 @@ class RequestOutput(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """One entry per prompt token, the first None, when asked for."""
     num_cached_tokens: int = 0
     """Prompt tokens whose KV was found instead of computed."""
+
+
+class OutputShortcut(Protocol):
+    """Takes a stream's outputs in the place of whoever waits for the next one."""
+
+    def is_open(self) -> bool:
+        """Whether it takes one now."""
+        ...
+
+    def send(self, output: RequestOutput) -> None:
+        """Never raises."""
+        ...

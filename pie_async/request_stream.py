@@ -19,6 +19,7 @@ from pie_async.outputs import (
     CompletionOutput,
     FinishReason,
     Logprob,
+    OutputShortcut,
     RequestOutput,
     SequenceTimes,
     TokenLogprobs,
@@ -48,7 +49,7 @@ class SequenceOutput:
         self._token_text = token_text
         self._stops = StopMatcher(params.stop, include_stop=params.include_stop_str_in_output)
         self._text: list[str] = []
-        self._tokens: list[int] = []
+        self.tokens: list[int] = []
         self._logprobs: list[TokenLogprobs] = []
         self._taken = (0, 0)  # pieces of text and tokens that a delta reader has
         self._has_end = False  # whether it has been told the finish reason
@@ -58,15 +59,11 @@ class SequenceOutput:
         self.stop_reason: int | str | None = None
 
     @property
-    def num_tokens(self) -> int:
-        return len(self._tokens)
-
-    @property
     def has_news(self) -> bool:
         """Whether `take` has something that it has not given yet."""
         if self.finish_reason is not None and not self._has_end:
             return True
-        return self._taken != (len(self._text), len(self._tokens))
+        return self._taken != (len(self._text), len(self.tokens))
 
     def push(self, advance: Advance) -> bool:
         """Take in what happened; True if the text reached a stop string just now."""
@@ -82,10 +79,10 @@ class SequenceOutput:
 
     def _take_in(self, advance: Advance) -> bool:
         if advance.token is not None:
-            self._tokens.append(advance.token.token)
+            self.tokens.append(advance.token.token)
             if self._params.logprobs is not None:
                 self._logprobs.append(logprobs_of(advance.token, self._token_text))
-            if self._shows_text(advance) and self._add_text(self._decoder.push(self._tokens[-1])):
+            if self._shows_text(advance) and self._add_text(self._decoder.push(self.tokens[-1])):
                 return True
         if advance.finish_reason is not None:
             self._finish(advance)
@@ -98,7 +95,7 @@ class SequenceOutput:
         return not is_end or is_wanted
 
     def _add_text(self, text: str) -> bool:
-        if not self._params.stop or len(self._tokens) < self._params.min_tokens:
+        if not self._params.stop or len(self.tokens) < self._params.min_tokens:
             if text:
                 self._text.append(text)
             return False
@@ -121,13 +118,13 @@ class SequenceOutput:
     def take(self, *, is_delta: bool) -> CompletionOutput:
         """What there is, or what is new since the last call."""
         texts, tokens = self._taken if is_delta else (0, 0)
-        self._taken = (len(self._text), len(self._tokens))
+        self._taken = (len(self._text), len(self.tokens))
         self._has_end = self.finish_reason is not None
         has_logprobs = self._params.logprobs is not None
         return CompletionOutput(
             index=self.index,
             text="".join(self._text[texts:]),
-            token_ids=tuple(self._tokens[tokens:]),
+            token_ids=tuple(self.tokens[tokens:]),
             logprobs=tuple(self._logprobs[tokens:]) if has_logprobs else None,
             finish_reason=self.finish_reason,
             stop_reason=self.stop_reason,
@@ -187,11 +184,16 @@ class RequestStream:
         self._is_cancelled = False
         self._num_open = len(self._outputs)
         self._has_news = False
+        self._has_end = False
+        """An output has ended, and the reader was not told yet."""
         self._reader: asyncio.Future[None] | None = None
         self.num_taken = 0
         """Outputs that the reader has."""
         self.is_read = True
         """False: its reader took nothing for so long that its sequences are paused."""
+        self.shortcut: OutputShortcut | None = None
+        """Takes outputs instead of whoever waits for them: waking a task for each costs a
+        server a quarter of its time."""
         self.on_read: Callable[[RequestStream], None] | None = None
         """Called when somebody asks for the next output after all."""
 
@@ -247,6 +249,10 @@ class RequestStream:
     def unfinished(self) -> tuple[SequenceId, ...]:
         return tuple(seq for seq, out in self._outputs.items() if out.finish_reason is None)
 
+    def tokens_of(self, sequence: SequenceId) -> Sequence[int]:
+        """A sequence's output so far, which grows."""
+        return self._outputs[sequence].tokens
+
     @property
     def has_waiting_output(self) -> bool:
         """Whether there is output that its reader, who once began to read, does not take."""
@@ -260,7 +266,7 @@ class RequestStream:
 
     def _output(self) -> RequestOutput:
         is_delta = self.params.output_kind == "delta"
-        self._has_news = False
+        self._has_news = self._has_end = False
         shown = [out for out in self._outputs.values() if not is_delta or out.has_news]
         prompt_logprobs = None
         if self.params.prompt_logprobs is not None:
@@ -280,7 +286,7 @@ class RequestStream:
     def push(self, advance: Advance) -> bool:
         """Take in what happened to a sequence; True if it reached a stop string just now.
 
-        Nothing more may be pushed for a sequence that has ended.
+        Nothing more may be pushed for a sequence that has ended. Nobody hears of it before `tell`.
         """
         output = self._outputs[advance.sequence]
         has_stopped = output.push(advance)
@@ -290,8 +296,23 @@ class RequestStream:
             # The others found what this one computed: for the request that is not saved.
             self._num_cached = advance.first.cached_tokens
         self._has_news = True
-        self._wake_reader()
+        if has_stopped or advance.finish_reason is not None:
+            self._has_end = True
         return has_stopped
+
+    def tell(self) -> None:
+        """After pushing: let whoever waits for an output have it.
+
+        Outputs that only go on are sent to the shortcut, if it is open.
+        """
+        if self._reader is None or self._reader.done() or not self._is_due:
+            return
+        shortcut = self.shortcut
+        if shortcut is None or self._has_end or self._error is not None or not shortcut.is_open():
+            self._reader.set_result(None)
+        else:
+            self.num_taken += 1
+            shortcut.send(self._output())
 
     def push_prompt(self, entry: PromptLogprobs) -> None:
         """Take in logprobs of prompt tokens; those of the first sequence stand for all."""
@@ -305,11 +326,7 @@ class RequestStream:
         """End the stream with an error, unless all its outputs are complete."""
         if not self.is_finished:
             self._error = error
-        self._wake_reader()
-
-    def _wake_reader(self) -> None:
-        if self._reader is not None and self._is_due and not self._reader.done():
-            self._reader.set_result(None)
+        self.tell()
 
 
 def _now_s() -> float:

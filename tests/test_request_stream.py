@@ -8,6 +8,7 @@ import pytest
 
 from pie_async.errors import EngineStopped
 from pie_async.messages import Advance, FirstToken, PromptLogprobs, SampledToken
+from pie_async.outputs import RequestOutput
 from pie_async.request_stream import RequestStream
 from pie_async.sampling_params import SamplingParams
 from tests.support.request_streams import a_stream
@@ -26,6 +27,7 @@ def push(stream: RequestStream, text: str, *, sequence: int = 1, reason=None, st
         stopped = stream.push(
             Advance(sequence, token, reason if last else None, stop if last else None)
         )
+    stream.tell()
     return stopped
 
 
@@ -140,6 +142,51 @@ async def test_a_reader_waits_without_spinning_until_there_is_news():
     assert not reading.done()
     push(stream, "a")
     assert (await reading).outputs[0].text == "a"
+
+
+class Taken:
+    """A shortcut that remembers texts and ends."""
+
+    def __init__(self, *, is_open: bool = True) -> None:
+        self.seen: list[tuple[str, str | None]] = []
+        self._is_open = is_open
+
+    def is_open(self) -> bool:
+        return self._is_open
+
+    def send(self, output: RequestOutput) -> None:
+        self.seen += [(out.text, out.finish_reason) for out in output.outputs]
+
+
+async def test_a_shortcut_takes_what_a_reader_waits_for_and_ends_are_left_to_the_reader():
+    stream = stream_of(output_kind="delta")
+    stream.shortcut = shortcut = Taken()
+    push(stream, "a")
+    assert shortcut.seen == [], "nobody waits yet"
+    assert (await anext(stream)).outputs[0].text == "a"
+    reading = asyncio.create_task(anext(stream))
+    await asyncio.sleep(1)
+    push(stream, "bc")
+    push(stream, "d")
+    assert shortcut.seen == [("bc", None), ("d", None)]
+    assert not stream.has_waiting_output
+    push(stream, "e", reason="length")
+    assert shortcut.seen[2:] == []
+    output = await reading
+    assert (output.outputs[0].text, output.finished) == ("e", True)
+    assert await read_all(stream) == []
+
+
+@pytest.mark.parametrize("params", [{"output_kind": "final"}, {"output_kind": "delta"}])
+async def test_a_shortcut_takes_nothing_that_the_reader_would_not_get(params):
+    stream = stream_of(n=2, **params)
+    stream.shortcut = shortcut = Taken(is_open=params["output_kind"] == "final")
+    reading = asyncio.create_task(anext(stream))
+    await asyncio.sleep(1)
+    push(stream, "a", sequence=1, reason="length")
+    push(stream, "b", sequence=2, reason="length")
+    assert [out.text for out in (await reading).outputs] == ["a", "b"]
+    assert shortcut.seen == []
 
 
 # --- ends ----------------------------------------------------------------------------------------

@@ -214,8 +214,7 @@ async def test_it_goes_on_in_another_engine_where_it_was(monkeypatch):
         whole = list(first.outputs[0].token_ids)
         assert engine.story is not None
         submit = next(e.message for e in engine.story if type(e.message).__name__ == "Submit")
-    course = Course(submit.sequences[0], 0)
-    course.tokens = whole[:33]
+    course = Course(submit.sequences[0], 0, whole[:33])
     resumed = course.resume(submit, 1000)
     assert resumed is not None
 

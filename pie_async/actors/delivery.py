@@ -106,6 +106,7 @@ class DeliveryActor(Actor[DeliveryMail]):
                 continue
             if stream.push(advance):
                 stopped.append(advance.sequence)
+            stream.tell()
             if advance.finish_reason is not None or stopped[-1:] == [advance.sequence]:
                 del self._streams[advance.sequence]
                 if stream.is_finished:

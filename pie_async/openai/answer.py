@@ -5,12 +5,11 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncGenerator, Iterable, Iterator, Sequence
-from functools import partial
 from typing import Protocol
 
 from pie_async.errors import PieError
 from pie_async.openai.errors import ErrorReply, error_reply
-from pie_async.openai.feed import Arrival, OutputFeed, Take
+from pie_async.openai.feed import Arrival, Outlet, OutputFeed
 from pie_async.openai.framing import KEEPALIVE, Framing, encoder
 from pie_async.openai.latency import RequestLatency
 from pie_async.openai.responses import Response, Usage
@@ -70,7 +69,7 @@ class Answer:
         self.response_id = response_id
         self.is_streamed = is_streamed
         self._feed = feed
-        self._writer = writer
+        self.writer = writer
         self._usage = usage
         self._latency = latency
         self._frames = writer.framing.frames
@@ -86,18 +85,18 @@ class Answer:
             shortcut: takes events, while it is open and the iterator waits for the next ones;
                 they are then not yielded.
         """
-        take = None if shortcut is None else partial(self._take, shortcut)
+        outlet = None if shortcut is None else _Outlet(self, shortcut)
         try:
-            if opening := self._frames(self._writer.opening()):
+            if opening := self._frames(self.writer.opening()):
                 yield opening
-            while (arrivals := await self._next_arrivals(take)) is not None:
+            while (arrivals := await self._next_arrivals(outlet)) is not None:
                 if events := self._event_bytes(arrivals) if arrivals else KEEPALIVE:
                     yield events
             self._finish()
-            yield self._frames(self._writer.ending(self._usage.usage)) + self._writer.framing.end
+            yield self._frames(self.writer.ending(self._usage.usage)) + self.writer.framing.end
         except Exception as error:  # the status line is out: an event is all that can tell
             log_failure(error, self.response_id)
-            yield self._writer.failure(error_reply(error))
+            yield self.writer.failure(error_reply(error))
         finally:
             await self.aclose()
 
@@ -113,7 +112,7 @@ class Answer:
                 final.update((arrival.prompt_index, arrival.output) for arrival in arrivals)
             self._finish()
             outputs = [final[prompt_index] for prompt_index in sorted(final)]
-            return encoder.encode(self._writer.response(outputs, self._usage.usage))
+            return encoder.encode(self.writer.response(outputs, self._usage.usage))
         finally:
             await self.aclose()
 
@@ -125,32 +124,40 @@ class Answer:
         """Cancel what has not finished and wait until the engine has let go of it."""
         await self._feed.aclose()
 
-    async def _next_arrivals(self, take: Take | None = None) -> list[Arrival] | None:
-        arrivals = await self._feed.next_arrivals(silence_s=self._keepalive_s, take=take)
-        for arrival in arrivals or ():
-            self._count(arrival)
-        return arrivals
-
-    def _take(self, shortcut: Shortcut, arrival: Arrival) -> bool:
-        if not shortcut.is_open():
-            return False
-        self._count(arrival)
-        if events := self._writer.events(arrival.prompt_index, arrival.output):
-            shortcut.send(events)
-        return True
-
-    def _count(self, arrival: Arrival) -> None:
+    def count(self, arrival: Arrival) -> None:
+        """Take down what the client is about to get."""
         self._usage.add(arrival.prompt_index, arrival.output)
         self._latency.observe(arrival)
+
+    async def _next_arrivals(self, outlet: Outlet | None = None) -> list[Arrival] | None:
+        arrivals = await self._feed.next_arrivals(silence_s=self._keepalive_s, outlet=outlet)
+        for arrival in arrivals or ():
+            self.count(arrival)
+        return arrivals
 
     def _event_bytes(self, arrivals: Iterable[Arrival]) -> bytes:
         """Empty if the arrivals hold nothing to show yet."""
         return b"".join(
-            [self._writer.events(arrival.prompt_index, arrival.output) for arrival in arrivals]
+            [self.writer.events(arrival.prompt_index, arrival.output) for arrival in arrivals]
         )
 
     def _finish(self) -> None:
         self._latency.finish(asyncio.get_running_loop().time())
+
+
+class _Outlet:
+    """From the feed to the shortcut."""
+
+    def __init__(self, answer: Answer, shortcut: Shortcut) -> None:
+        self._count = answer.count
+        self._events = answer.writer.events
+        self._send = shortcut.send
+        self.is_open = shortcut.is_open
+
+    def take(self, arrival: Arrival) -> None:
+        self._count(arrival)
+        if events := self._events(arrival.prompt_index, arrival.output):
+            self._send(events)
 
 
 def log_failure(error: BaseException, name: str) -> None:

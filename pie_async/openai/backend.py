@@ -12,7 +12,7 @@ from pie_async.chat_options import ChatOptions
 from pie_async.live.timeline import Timeline
 from pie_async.live.view import EngineView
 from pie_async.metrics import EngineStats
-from pie_async.outputs import RequestOutput
+from pie_async.outputs import OutputShortcut, RequestOutput
 from pie_async.sampling_params import SamplingParams
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
@@ -21,6 +21,10 @@ Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
 
 class OutputStream(Protocol):
     """One accepted request: iterate it to the end, or cancel it."""
+
+    shortcut: OutputShortcut | None
+    """Set by whoever iterates. A stream may send it what the next step of the iteration would
+    return, while that is waited for; never an output with which something ends."""
 
     request_id: str
 

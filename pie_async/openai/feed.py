@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
 
 import msgspec
 
@@ -25,8 +25,14 @@ class Arrival(NamedTuple):
     at_s: float
 
 
-Take = Callable[[Arrival], bool]
-"""Takes an arrival, or says False."""
+class Outlet(Protocol):
+    """Takes arrivals while somebody waits for them, so that nobody has to be woken."""
+
+    def is_open(self) -> bool:
+        """Whether it takes one now."""
+        ...
+
+    def take(self, arrival: Arrival) -> None: ...
 
 
 class OutputFeed:
@@ -46,7 +52,7 @@ class OutputFeed:
         self._alarm: asyncio.TimerHandle | None = None
         self._silence_s = 0.0
         self._waits_until_s = 0.0
-        self._take: Take | None = None
+        self._outlet: Outlet | None = None
         """Of whoever waits, until woken."""
         self._has_room = asyncio.Event()
         self._is_closing = False
@@ -58,12 +64,12 @@ class OutputFeed:
             pump.add_done_callback(self._pump_ended)
 
     async def next_arrivals(
-        self, *, silence_s: float, take: Take | None = None
+        self, *, silence_s: float, outlet: Outlet | None = None
     ) -> list[Arrival] | None:
         """Everything that came since the last call; waits for something to come.
 
         Args:
-            take: asked first while this waits: what it takes is not returned, and wakes nobody.
+            outlet: where arrivals go, while it is open and this waits; they are not returned.
 
         Returns:
             None when every stream has ended; an empty list after `silence_s` without output.
@@ -72,7 +78,7 @@ class OutputFeed:
             PieError, or whatever a stream raised, once all that came before it was returned.
         """
         if not self._arrived and self._error is None and self._unfinished:
-            await self._wait(silence_s, take)
+            await self._wait(silence_s, outlet)
         if self._arrived:
             arrivals = list(self._arrived)
             self._arrived.clear()
@@ -100,16 +106,23 @@ class OutputFeed:
         if self._unfinished:
             await asyncio.wait(self._unfinished)
 
+    def is_open(self) -> bool:
+        """Whether `hand_over` may be called: an outlet waits for what comes next."""
+        return self._outlet is not None and self._outlet.is_open()
+
+    def hand_over(self, arrival: Arrival) -> None:
+        """Give the outlet what came."""
+        assert self._outlet is not None
+        self._waits_until_s = arrival.at_s + self._silence_s
+        self._outlet.take(arrival)
+
     async def _pump(self, index: int, stream: OutputStream) -> None:
-        ended: set[int] = set()
+        source = _Source(self, index)
+        stream.shortcut = source
         async for output in stream:
-            news = _without(ended, output)
-            for choice in news.outputs:
-                if choice.finish_reason:
-                    ended.add(choice.index)
-            arrival = Arrival(index, news, self._loop.time())
-            if self._take is not None and self._take(arrival):
-                self._waits_until_s = arrival.at_s + self._silence_s
+            arrival = source.arrival(output)
+            if self.is_open():
+                self.hand_over(arrival)
                 continue
             self._arrived.append(arrival)
             self._wake()
@@ -127,8 +140,8 @@ class OutputFeed:
         if not self._unfinished:  # else there is nothing to tell, and it would look like silence
             self._wake()
 
-    async def _wait(self, silence_s: float, take: Take | None) -> None:
-        self._waiter, self._take = self._loop.create_future(), take
+    async def _wait(self, silence_s: float, outlet: Outlet | None) -> None:
+        self._waiter, self._outlet = self._loop.create_future(), outlet
         self._silence_s = silence_s
         self._waits_until_s = self._loop.time() + silence_s
         if self._alarm is None:  # one that runs already looks again: a timer per token costs more
@@ -136,7 +149,7 @@ class OutputFeed:
         try:
             await self._waiter
         finally:
-            self._waiter = self._take = None
+            self._waiter = self._outlet = None
 
     def _ring(self) -> None:
         self._alarm = None
@@ -148,14 +161,35 @@ class OutputFeed:
             self._wake()
 
     def _wake(self) -> None:
-        self._take = None  # it waits no longer: what comes now comes after what woke it
+        self._outlet = None  # nobody waits any longer: what comes now comes after what woke them
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
 
-def _without(ended: set[int], output: RequestOutput) -> RequestOutput:
-    """An engine may go on showing choices that have ended; a client must see each end once."""
-    if not ended:
-        return output
-    news = tuple(choice for choice in output.outputs if choice.index not in ended)
-    return msgspec.structs.replace(output, outputs=news)
+class _Source:
+    """One stream's way into the feed: what it offers while it is waited for goes straight on."""
+
+    def __init__(self, feed: OutputFeed, index: int) -> None:
+        self._feed = feed
+        self._index = index
+        self._now_s = asyncio.get_running_loop().time
+        self._ended: set[int] = set()
+        self.is_open = feed.is_open
+
+    def send(self, output: RequestOutput) -> None:
+        """See `OutputShortcut`."""
+        try:
+            self._feed.hand_over(self.arrival(output))
+        except Exception as error:  # the engine, which calls this, is not to blame
+            self._feed.fail(error)
+
+    def arrival(self, output: RequestOutput) -> Arrival:
+        """What came, less the choices that have ended: an engine may go on showing them, and a
+        client must see each end once."""
+        if self._ended:
+            news = tuple([choice for choice in output.outputs if choice.index not in self._ended])
+            output = msgspec.structs.replace(output, outputs=news)
+        for choice in output.outputs:
+            if choice.finish_reason:
+                self._ended.add(choice.index)
+        return Arrival(self._index, output, self._now_s())

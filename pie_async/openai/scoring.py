@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator
 import msgspec
 
 from pie_async.openai.backend import OutputStream
-from pie_async.outputs import CompletionOutput, RequestOutput
+from pie_async.outputs import CompletionOutput, OutputShortcut, RequestOutput
 
 
 class PromptOnly:
@@ -20,6 +20,7 @@ class PromptOnly:
         self.request_id = stream.request_id
         self.prompt_token_ids = stream.prompt_token_ids
         self.cancel = stream.cancel
+        self.shortcut: OutputShortcut | None = None  # there is one output, and it ends
         self._stream = stream
 
     def __aiter__(self) -> AsyncIterator[RequestOutput]:

@@ -26,7 +26,8 @@ class _Entry:
         self.stream = stream
         self.first = first
         self.courses = {
-            sequence: Course(sequence, index) for index, sequence in enumerate(first.sequences)
+            sequence: Course(sequence, index, stream.tokens_of(sequence))
+            for index, sequence in enumerate(first.sequences)
         }
         self.num_deaths = 0
         """Deaths in a row that it is blamed for."""
@@ -60,6 +61,7 @@ class Journal:
         self._by_sequence: dict[SequenceId, _Entry] = {}
         self._suspects: deque[RequestId] = deque()
         self._on_trial: RequestId | None = None
+        self._untold: dict[RequestStream, None] = {}
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -86,11 +88,16 @@ class Journal:
         else:
             for sequence in stream.unfinished:
                 stream.push(Advance(sequence, None, "abort"))
+            stream.tell()
         self._forget(entry)
         return True
 
-    def take(self, fact: SequencesAdvanced) -> list[SequenceId]:
+    def take(self, fact: SequencesAdvanced, *, has_next: bool = False) -> list[SequenceId]:
         """Hand news to the streams.
+
+        Args:
+            has_next: more is there already: readers are told with that, or by `tell` at last, so
+                that a server that is behind sends several tokens at a time.
 
         Returns: the sequences whose text reached a stop string, which the engine must end.
         """
@@ -103,14 +110,23 @@ class Journal:
             entry = self._by_sequence.get(advance.sequence)
             if entry is not None:
                 self._take(entry, advance, stopped)
+                if has_next:
+                    self._untold[entry.stream] = None
+                else:
+                    entry.stream.tell()
         return stopped
+
+    def tell(self) -> None:
+        """Let readers have what they were not told yet."""
+        for stream in self._untold:
+            stream.tell()
+        self._untold.clear()
 
     def _take(self, entry: _Entry, advance: Advance, stopped: list[SequenceId]) -> None:
         if (failure := failure_of(advance)) is not None:
             stopped += entry.courses
             self.close(entry.stream, error=failure)
             return
-        entry.courses[advance.sequence].take(advance)
         entry.num_deaths = 0
         if self._on_trial == entry.first.request:
             self._on_trial = None
@@ -127,6 +143,7 @@ class Journal:
 
     def engine_died(self) -> None:
         """Blame the requests that it had; those blamed too often end with an error."""
+        self.tell()
         self._on_trial = None
         self._suspects.clear()
         for entry in list(self._entries.values()):
@@ -166,6 +183,7 @@ class Journal:
                 yield command
             else:
                 self._take(entry, Advance(course.sequence, None, "length"), [])
+                entry.stream.tell()
         if not entry.stream.is_read and entry.courses:
             yield ReadingChanged(sequences=tuple(entry.courses), is_read=False)
 

@@ -112,6 +112,11 @@ class EngineProcess:
             self._failed = message
         return message
 
+    @property
+    def has_next(self) -> bool:
+        """Whether `receive` will not wait."""
+        return self._wire.has_next
+
     async def kill_when_silent(self, silence_s: float) -> None:
         """Kill it once nothing came for so long. Ends only by being cancelled.
 

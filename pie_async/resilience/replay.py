@@ -7,25 +7,23 @@ as one that lost its KV to preemption does.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import msgspec
 
 from pie_async.ids import SequenceId
-from pie_async.messages import Advance, Submit
+from pie_async.messages import Submit
 from pie_async.sampling_params import SamplingParams
 
 
 class Course:
     """One unfinished sequence and the output that its stream has."""
 
-    def __init__(self, sequence: SequenceId, index: int) -> None:
+    def __init__(self, sequence: SequenceId, index: int, tokens: Sequence[int]) -> None:
+        """`tokens`: the stream's own, which grow."""
         self.sequence = sequence
         self.index = index
-        self.tokens: list[int] = []
-
-    def take(self, advance: Advance) -> None:
-        """Remember what the stream is about to be given."""
-        if advance.token is not None:
-            self.tokens.append(advance.token.token)
+        self.tokens = tokens
 
     def resume(self, first: Submit, max_model_len: int) -> Submit | None:
         """The command that lets it go on; None if there is no room left for a next token.

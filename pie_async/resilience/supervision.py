@@ -175,7 +175,7 @@ class Supervision:
                     group.create_task(self._resume(process)),
                 ]
                 while (message := await process.receive()) is not None:
-                    self._take(message)
+                    self._take(message, has_next=process.has_next)
                 for task in beside:
                     task.cancel()
         finally:
@@ -243,12 +243,12 @@ class Supervision:
             for command in self._journal.try_next_suspect(self.model.max_model_len):
                 self._process.post(command)
 
-    def _take(self, message: FromEngine) -> None:
+    def _take(self, message: FromEngine, *, has_next: bool) -> None:
         match message:
             case SequencesAdvanced():
                 if self._faults is not None and self._faults.at(ApiKilled):
                     os.kill(os.getpid(), signal.SIGKILL)
-                stopped = self._journal.take(message)
+                stopped = self._journal.take(message, has_next=has_next)
                 self._on_news()
                 if stopped and self._process is not None:
                     self._process.post(Cancel(sequences=tuple(stopped), reason="stop"))
@@ -263,3 +263,5 @@ class Supervision:
                 self._model = msgspec.structs.replace(model, max_model_len=longest)
             case _:
                 pass  # `Failed` speaks when the process is buried
+        if not has_next:
+            self._journal.tell()

@@ -27,6 +27,7 @@ MAX_UNSENT_BYTES = 256 * 2**20
 """An end that leaves so much unread has stopped reading."""
 FRAMES_PER_TURN = 32
 """After this many frames in a row the loop gets a turn."""
+_CHUNK_BYTES = 64 * 2**10
 
 _LENGTH_BYTES = 4
 _NO_MESSAGE = (
@@ -133,6 +134,7 @@ class Wire(Generic[M]):
         self._writer = writer
         self._decoder: msgspec.msgpack.Decoder[M] = msgspec.msgpack.Decoder(kind)
         self._num_read = 0
+        self._unread = bytearray()
 
     def post(self, message: Message) -> None:
         """Send without waiting; nothing happens if the other end is gone.
@@ -163,14 +165,30 @@ class Wire(Generic[M]):
         if self._num_read % FRAMES_PER_TURN == 0:
             await asyncio.sleep(0)
         try:
-            length = int.from_bytes(await self._reader.readexactly(_LENGTH_BYTES), "little")
-            if length > MAX_FRAME_BYTES:
-                raise WireError(f"a frame of {length} bytes")
-            return self._decoder.decode(await self._reader.readexactly(length))
-        except (asyncio.IncompleteReadError, ConnectionError):
+            while not self.has_next:
+                if (length := self._next_bytes()) > MAX_FRAME_BYTES:
+                    raise WireError(f"a frame of {length} bytes")
+                if not (chunk := await self._reader.read(_CHUNK_BYTES)):
+                    return None
+                self._unread += chunk
+            end = _LENGTH_BYTES + self._next_bytes()
+            frame = bytes(self._unread[_LENGTH_BYTES:end])
+            del self._unread[:end]
+            return self._decoder.decode(frame)
+        except ConnectionError:
             return None
         except _NO_MESSAGE as error:
             raise WireError(f"not a message: {error}") from error
+
+    @property
+    def has_next(self) -> bool:
+        """Whether `receive` will not wait for the other end."""
+        return len(self._unread) >= _LENGTH_BYTES + self._next_bytes()
+
+    def _next_bytes(self) -> int:
+        """Of the next message; 0 while that is not known."""
+        length = self._unread[:_LENGTH_BYTES]
+        return int.from_bytes(length, "little") if len(length) == _LENGTH_BYTES else 0
 
     def close(self) -> None:
         """Hang up, once what was sent is on its way."""

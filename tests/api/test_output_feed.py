@@ -7,11 +7,14 @@ import asyncio
 import pytest
 
 from pie_async.errors import EngineStopped
+from pie_async.ids import SequenceId
+from pie_async.messages import Advance, SampledToken
 from pie_async.openai.feed import MOST_WAITING, Arrival, OutputFeed
 from pie_async.openai.latency import RequestLatency
-from pie_async.outputs import CompletionOutput, RequestOutput
+from pie_async.outputs import CompletionOutput, FinishReason, OutputShortcut, RequestOutput
 from pie_async.sampling_params import SamplingParams
 from tests.support.fake_engine import FakeEngine
+from tests.support.request_streams import a_stream
 
 DELTA = SamplingParams(output_kind="delta", max_tokens=None)
 
@@ -105,19 +108,12 @@ async def test_failing_a_feed_wakes_its_reader() -> None:
 
 
 async def test_what_is_taken_wakes_nobody_and_what_is_refused_is_returned_after_it() -> None:
-    taken: list[str] = []
-
-    def take(arrival: Arrival) -> bool:
-        if len(taken) == 3:
-            return False
-        taken.append(arrival.output.outputs[0].text)
-        return True
-
+    outlet = Outlet(most=3)
     feed = await open_feed(FakeEngine(reply="abcdef"))
-    arrivals = await feed.next_arrivals(silence_s=60, take=take)
+    arrivals = await feed.next_arrivals(silence_s=60, outlet=outlet)
     await asyncio.sleep(1)  # nobody waits: what comes now is kept
-    assert taken == ["a", "b", "c"]
-    rest = (arrivals or []) + (await feed.next_arrivals(silence_s=60, take=take) or [])
+    assert outlet.texts == ["a", "b", "c"]
+    rest = (arrivals or []) + (await feed.next_arrivals(silence_s=60, outlet=outlet) or [])
     assert "".join(arrival.output.outputs[0].text for arrival in rest) == "def"
     await feed.aclose()
 
@@ -128,7 +124,7 @@ async def test_silence_begins_with_the_last_that_was_taken() -> None:
     loop.call_later(5, engine.gate.set)
     feed = await open_feed(engine)
     started_s = loop.time()
-    assert await feed.next_arrivals(silence_s=7.5, take=lambda _: True) is None
+    assert await feed.next_arrivals(silence_s=7.5, outlet=Outlet()) is None
     assert loop.time() - started_s == pytest.approx(5)
     await feed.aclose()
 
@@ -136,19 +132,73 @@ async def test_silence_begins_with_the_last_that_was_taken() -> None:
     loop.call_later(5, held.gate.set)
     feed = OutputFeed([await each.submit("p", DELTA) for each in (held, FakeEngine(hold_at=0))])
     started_s = loop.time()
-    assert await feed.next_arrivals(silence_s=7.5, take=lambda _: True) == []
+    assert await feed.next_arrivals(silence_s=7.5, outlet=Outlet()) == []
     assert loop.time() - started_s == pytest.approx(12.5)
     await feed.aclose()
 
 
 async def test_who_takes_and_fails_fails_the_feed() -> None:
-    def take(_arrival: Arrival) -> bool:
-        raise EngineStopped("cannot be written")
-
     feed = await open_feed(FakeEngine())
     with pytest.raises(EngineStopped, match="cannot be written"):
-        await feed.next_arrivals(silence_s=60, take=take)
+        await feed.next_arrivals(silence_s=60, outlet=FailingOutlet())
     await feed.aclose()
+
+
+async def test_what_an_engine_sends_past_who_waits_reaches_the_outlet_at_once() -> None:
+    outlet = Outlet(most=2)
+    stream = a_stream(0, params=DELTA)
+    feed = OutputFeed([stream])
+    waiting = asyncio.create_task(feed.next_arrivals(silence_s=60, outlet=outlet))
+    await asyncio.sleep(1)
+    for text in "ab":
+        stream.push(token(text))
+        stream.tell()
+    assert outlet.texts == ["a", "b"], "before anybody else could run"
+    assert stream.num_taken == 3, "and the next is waited for"
+    stream.push(token("c"))
+    stream.tell()
+    stream.push(token("d", finish_reason="length"))
+    stream.tell()
+    assert outlet.texts == ["a", "b"], "it is closed, and an end is for who waits"
+    arrivals = await waiting
+    assert [arrival.output.outputs[0].text for arrival in arrivals or ()] == ["cd"]
+    assert await feed.next_arrivals(silence_s=60, outlet=outlet) is None
+    await feed.aclose()
+
+
+async def test_an_outlet_that_fails_fails_its_feed_and_not_the_engine() -> None:
+    stream = a_stream(0, params=DELTA)
+    feed = OutputFeed([stream])
+    waiting = asyncio.create_task(feed.next_arrivals(silence_s=60, outlet=FailingOutlet()))
+    await asyncio.sleep(1)
+    stream.push(token("a"))
+    stream.tell()
+    with pytest.raises(EngineStopped, match="cannot be written"):
+        await waiting
+    await feed.aclose()
+
+
+class Outlet:
+    """Remembers texts, at most so many."""
+
+    def __init__(self, most: int | None = None) -> None:
+        self.texts: list[str] = []
+        self._most = most
+
+    def is_open(self) -> bool:
+        return len(self.texts) != self._most
+
+    def take(self, arrival: Arrival) -> None:
+        self.texts.append(arrival.output.outputs[0].text)
+
+
+class FailingOutlet(Outlet):
+    def take(self, arrival: Arrival) -> None:
+        raise EngineStopped("cannot be written")
+
+
+def token(text: str, finish_reason: FinishReason | None = None) -> Advance:
+    return Advance(SequenceId(0), SampledToken(SequenceId(0), ord(text)), finish_reason)
 
 
 class Times:
@@ -189,6 +239,7 @@ class RepeatingStream:
 
     request_id = "r"
     prompt_token_ids = (1,)
+    shortcut: OutputShortcut | None = None
 
     def __init__(self) -> None:
         self._rounds = 3

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
 
 from pie_async.messages import Advance, SampledToken, SequencesAdvanced, Submit
@@ -161,3 +163,32 @@ def test_a_request_that_gets_on_is_not_blamed(desk):
         desk.tell(1, "a")
         assert len(desk.restart()) == 1
     assert stream not in desk.finished
+
+
+async def test_news_with_more_behind_them_are_told_together(desk):
+    one, other = desk.open(1, output_kind="delta"), desk.open(2, output_kind="delta")
+    readers = [asyncio.create_task(anext(stream)) for stream in (one, other)]
+    await asyncio.sleep(0)
+
+    def news(*sequences: int) -> SequencesAdvanced:
+        advances = [Advance(sequence, SampledToken(sequence, 97)) for sequence in sequences]
+        return SequencesAdvanced(iteration=1, advances=tuple(advances))
+
+    desk.journal.take(news(1, 2), has_next=True)
+    await asyncio.sleep(0)
+    assert not any(reader.done() for reader in readers)
+    desk.journal.take(news(1))
+    assert [out.text for out in (await readers[0]).outputs] == ["aa"]
+    assert not readers[1].done(), "what came last says nothing of it"
+    desk.journal.tell()
+    assert [out.text for out in (await readers[1]).outputs] == ["a"]
+
+
+async def test_a_death_withholds_no_news(desk):
+    stream = desk.open(1, output_kind="delta")
+    reader = asyncio.create_task(anext(stream))
+    await asyncio.sleep(0)
+    fact = SequencesAdvanced(iteration=1, advances=(Advance(1, SampledToken(1, 97)),))
+    desk.journal.take(fact, has_next=True)
+    desk.journal.engine_died()
+    assert [out.text for out in (await reader).outputs] == ["a"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 
+import msgspec
 import pytest
 
 from pie_async.config import EngineConfig
@@ -95,6 +96,23 @@ async def test_messages_keep_their_order(ends):
     for number in range(1000):
         engine.post(Loading(done=number, total=1000))
     assert [(await front.receive()).done for _ in range(1000)] == list(range(1000))
+
+
+async def test_it_says_whether_the_next_message_is_there_already(ends):
+    front, engine, writer = ends
+    for number in range(3):
+        engine.post(Loading(done=number, total=3))
+    frame = msgspec.msgpack.encode(Loading(done=3, total=3))
+    writer.write(len(frame).to_bytes(4, "little") + frame[:-1])
+    await asyncio.sleep(0.05)
+    assert not front.has_next, "nobody has looked"
+    seen = []
+    for _ in range(3):
+        await front.receive()
+        seen.append(front.has_next)
+    assert seen == [True, True, False], "half a message is none"
+    writer.write(frame[-1:])
+    assert (await front.receive()).done == 3
 
 
 async def test_a_hangup_is_no_message_even_in_the_middle_of_a_frame(ends):

@@ -19,7 +19,13 @@ from pie_async.intake import check_cache_salt
 from pie_async.live.timeline import Timeline
 from pie_async.live.view import EngineView, MemoryMap
 from pie_async.metrics import EngineStats
-from pie_async.outputs import CompletionOutput, Logprob, RequestOutput, TokenLogprobs
+from pie_async.outputs import (
+    CompletionOutput,
+    Logprob,
+    OutputShortcut,
+    RequestOutput,
+    TokenLogprobs,
+)
 from pie_async.sampling_params import SamplingParams
 
 VOCAB_SIZE = 0x3000
@@ -174,6 +180,7 @@ class FakeStream:
     ) -> None:
         self.request_id = request_id
         self.prompt_token_ids = prompt
+        self.shortcut: OutputShortcut | None = None  # every output waits for its step
         self._engine = engine
         self._number = len(engine.submissions) - 1
         self._params = params
