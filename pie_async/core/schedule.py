@@ -38,13 +38,14 @@ _by_order = attrgetter("order")
 _CAN_PAUSE = frozenset({State.WAITING, State.RUNNING, State.PARKED})
 """The states that a sequence can be paused in at once."""
 
-LEAST_GROWTH_BLOCKS, MOST_GROWTH_BLOCKS = 1.0, 2.0
+LEAST_GROWTH_BLOCKS, MOST_GROWTH_BLOCKS = 1.0, 4.0
 GROWTH_PER_PARKING, GROWTH_PER_END = 0.5, 0.0125
 """How much room to grow admission leaves: more after a parking, less with every sequence that
-ends. Nobody knows how long outputs will be; with always one block a quarter of long ones was parked
-under overload, with always two a third fewer short ones ran. Up to four blocks, which a burst of
-parkings at the start brought about for half a minute, cost 0.5 to 3 % of the throughput; letting go
-twice as fast lengthened TPOT p99 under overload by a fifth. Simulated with three seeds."""
+ends, so that one in forty is parked. Nobody knows how long outputs will be; with always one block a
+quarter of long ones was parked under overload, with always two a third fewer short ones ran. At one
+in twenty TPOT p99 under overload was a fifth longer, throughput at most 2 % higher. Two blocks at
+most bring 0.5 to 3 % in a large batch; where few long sequences fill the memory they double the
+longest gap between two tokens (`test_fairness.py`)."""
 
 SHRINK_TOLERANCE = 1 / LINK_SHARE
 """How far what runs may go beyond a limit that was lowered, unless it is exact: fixed by the
