@@ -117,18 +117,20 @@ class OutputFeed:
         self._outlet.take(arrival)
 
     async def _pump(self, index: int, stream: OutputStream) -> None:
-        source = _Source(self, index)
-        stream.shortcut = source
-        async for output in stream:
-            arrival = source.arrival(output)
-            if self.is_open():
-                self.hand_over(arrival)
-                continue
-            self._arrived.append(arrival)
-            self._wake()
-            while len(self._arrived) >= MOST_WAITING:
-                self._has_room.clear()
-                await self._has_room.wait()
+        source = stream.shortcut = _Source(self, index)
+        try:
+            async for output in stream:
+                arrival = source.arrival(output)
+                if self.is_open():
+                    self.hand_over(arrival)
+                    continue
+                self._arrived.append(arrival)
+                self._wake()
+                while len(self._arrived) >= MOST_WAITING:
+                    self._has_room.clear()
+                    await self._has_room.wait()
+        finally:
+            stream.shortcut = None  # else both would refer to each other, and stay until swept
 
     def _pump_ended(self, pump: asyncio.Task[None]) -> None:
         self._unfinished.discard(pump)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import weakref
 
 import pytest
 
@@ -176,6 +178,31 @@ async def test_an_outlet_that_fails_fails_its_feed_and_not_the_engine() -> None:
     with pytest.raises(EngineStopped, match="cannot be written"):
         await waiting
     await feed.aclose()
+
+
+async def test_a_feed_that_ended_or_was_left_is_gone_without_a_collection() -> None:
+    gc.disable()
+    try:
+        for is_left in (False, True):
+            stream = a_stream(0, params=DELTA)
+            feed = OutputFeed([stream])
+            waiting = asyncio.create_task(feed.next_arrivals(silence_s=60, outlet=Outlet()))
+            await asyncio.sleep(1)
+            stream.push(token("a"))
+            stream.tell()
+            if not is_left:
+                stream.push(token("b", finish_reason="length"))
+                stream.tell()
+                assert await waiting is None
+            await feed.aclose()
+            waiting.cancel()
+            await asyncio.wait([waiting])
+            left = weakref.ref(feed)
+            del feed, stream, waiting
+            await asyncio.sleep(1)
+            assert left() is None
+    finally:
+        gc.enable()
 
 
 class Outlet:
