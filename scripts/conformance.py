@@ -84,8 +84,11 @@ def main() -> int:
     """1 if anything failed."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     known = [*OPENAI_VERSIONS, "node"]
-    parser.add_argument("clients", nargs="*", choices=known)
-    chosen = parser.parse_args().clients or known  # a list as default is no choice to 3.11
+    # Not as choices: to Python 3.11 no clients at all are none of them.
+    parser.add_argument("clients", nargs="*", help=f"of {', '.join(known)}; all without any")
+    chosen = parser.parse_args().clients or known
+    if unknown := set(chosen) - set(known):
+        parser.error(f"no such client: {', '.join(sorted(unknown))}; there are {', '.join(known)}")
     with server() as url:
         passed = [node(url) if each == "node" else python_client(each, url) for each in chosen]
     return 0 if all(passed) else 1
