@@ -28,10 +28,10 @@ from pie_async.metrics import EngineStats
 from pie_async.workload import WorkItem
 
 HOW_FAR_OFF = (
-    "Simulated, not measured. Beside an H200 its throughput was 2 to 7 % high without a pool, "
-    "3 to 9 % high with the host pool and 0 to 11 % high with one in a second H200; its gains "
-    "were 1 to 2 % high with the host pool and -2 to 3 % high with the other. It has been compared "
-    "with no other GPU (docs/deciding.md)."
+    "Simulated, not measured. Beside an H200 its throughput was 3 to 11 % high without a pool, "
+    "4 to 10 % high with the host pool and -1 to 12 % high with one in a second H200; its gains "
+    "were -1 to 1 % high with the host pool and -3 to 3 % high with the other. It has been "
+    "compared with no other GPU (docs/deciding.md)."
 )
 WORK_BYTES = 600 * MIB + 3 * GIB
 """What a card holds beside weights and KV: context, activations, graphs. About."""
