@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from contextlib import aclosing
 from typing import Any
 
 from pie_async.engine import Engine
@@ -73,21 +74,22 @@ def _body(client: Client, *, is_streamed: bool) -> bytes:
 
 async def _read_events(answer: Answer, client: Client, seen: list[Seen]) -> None:
     usage, last = None, b""
-    async for piece in answer.events():
-        for event in piece.removesuffix(b"\n\n").split(b"\n\n"):
-            last = event + b"\n\n"
-            if event.startswith(b":") or last == DONE:
-                continue
-            told = json.loads(event.removeprefix(b"data: "))
-            if "error" in told:
-                _end_all(seen, told["error"]["code"])
-                return
-            for choice in told["choices"]:
-                seen[choice["index"]].text += choice["text"]
-                seen[choice["index"]].end = choice["finish_reason"]
-            usage = told["usage"] or usage
-        if client.manner == "is slow":
-            await asyncio.sleep(client.patience_s)
+    async with aclosing(answer.events()) as events:  # as `api/sse.py` does: an error is the last
+        async for piece in events:
+            for event in piece.removesuffix(b"\n\n").split(b"\n\n"):
+                last = event + b"\n\n"
+                if event.startswith(b":") or last == DONE:
+                    continue
+                told = json.loads(event.removeprefix(b"data: "))
+                if "error" in told:
+                    _end_all(seen, told["error"]["code"])
+                    return
+                for choice in told["choices"]:
+                    seen[choice["index"]].text += choice["text"]
+                    seen[choice["index"]].end = choice["finish_reason"]
+                usage = told["usage"] or usage
+            if client.manner == "is slow":
+                await asyncio.sleep(client.patience_s)
     assert last == DONE, f"{client}: a stream that was read to its end ended with {last!r}"
     _check_usage(usage, client)
 
