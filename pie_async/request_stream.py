@@ -292,12 +292,11 @@ class RequestStream:
         has_stopped = output.push(advance)
         if output.finish_reason is not None:
             self._num_open -= 1
+            self._has_end = True
         if advance.first is not None and advance.sequence == self.sequences[0]:
             # The others found what this one computed: for the request that is not saved.
             self._num_cached = advance.first.cached_tokens
         self._has_news = True
-        if has_stopped or advance.finish_reason is not None:
-            self._has_end = True
         return has_stopped
 
     def tell(self) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Iterable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Sequence
 from typing import Protocol
 
 from pie_async.errors import PieError
@@ -69,7 +69,7 @@ class Answer:
         self.response_id = response_id
         self.is_streamed = is_streamed
         self._feed = feed
-        self.writer = writer
+        self._writer = writer
         self._usage = usage
         self._latency = latency
         self._frames = writer.framing.frames
@@ -85,18 +85,18 @@ class Answer:
             shortcut: takes events, while it is open and the iterator waits for the next ones;
                 they are then not yielded.
         """
-        outlet = None if shortcut is None else _Outlet(self, shortcut)
+        outlet = None if shortcut is None else _Outlet(self._count, self._writer.events, shortcut)
         try:
-            if opening := self._frames(self.writer.opening()):
+            if opening := self._frames(self._writer.opening()):
                 yield opening
             while (arrivals := await self._next_arrivals(outlet)) is not None:
                 if events := self._event_bytes(arrivals) if arrivals else KEEPALIVE:
                     yield events
             self._finish()
-            yield self._frames(self.writer.ending(self._usage.usage)) + self.writer.framing.end
+            yield self._frames(self._writer.ending(self._usage.usage)) + self._writer.framing.end
         except Exception as error:  # the status line is out: an event is all that can tell
             log_failure(error, self.response_id)
-            yield self.writer.failure(error_reply(error))
+            yield self._writer.failure(error_reply(error))
         finally:
             await self.aclose()
 
@@ -112,7 +112,7 @@ class Answer:
                 final.update((arrival.prompt_index, arrival.output) for arrival in arrivals)
             self._finish()
             outputs = [final[prompt_index] for prompt_index in sorted(final)]
-            return encoder.encode(self.writer.response(outputs, self._usage.usage))
+            return encoder.encode(self._writer.response(outputs, self._usage.usage))
         finally:
             await self.aclose()
 
@@ -124,21 +124,20 @@ class Answer:
         """Cancel what has not finished and wait until the engine has let go of it."""
         await self._feed.aclose()
 
-    def count(self, arrival: Arrival) -> None:
-        """Take down what the client is about to get."""
+    def _count(self, arrival: Arrival) -> None:
         self._usage.add(arrival.prompt_index, arrival.output)
         self._latency.observe(arrival)
 
     async def _next_arrivals(self, outlet: Outlet | None = None) -> list[Arrival] | None:
         arrivals = await self._feed.next_arrivals(silence_s=self._keepalive_s, outlet=outlet)
         for arrival in arrivals or ():
-            self.count(arrival)
+            self._count(arrival)
         return arrivals
 
     def _event_bytes(self, arrivals: Iterable[Arrival]) -> bytes:
         """Empty if the arrivals hold nothing to show yet."""
         return b"".join(
-            [self.writer.events(arrival.prompt_index, arrival.output) for arrival in arrivals]
+            [self._writer.events(arrival.prompt_index, arrival.output) for arrival in arrivals]
         )
 
     def _finish(self) -> None:
@@ -148,9 +147,14 @@ class Answer:
 class _Outlet:
     """From the feed to the shortcut."""
 
-    def __init__(self, answer: Answer, shortcut: Shortcut) -> None:
-        self._count = answer.count
-        self._events = answer.writer.events
+    def __init__(
+        self,
+        count: Callable[[Arrival], None],
+        events: Callable[[int, RequestOutput], bytes],
+        shortcut: Shortcut,
+    ) -> None:
+        self._count = count
+        self._events = events
         self._send = shortcut.send
         self.is_open = shortcut.is_open
 

@@ -14,6 +14,7 @@ from pie_async.messages import Advance, SampledToken
 from pie_async.openai.feed import MOST_WAITING, Arrival, OutputFeed
 from pie_async.openai.latency import RequestLatency
 from pie_async.outputs import CompletionOutput, FinishReason, OutputShortcut, RequestOutput
+from pie_async.request_stream import RequestStream
 from pie_async.sampling_params import SamplingParams
 from tests.support.fake_engine import FakeEngine
 from tests.support.request_streams import a_stream
@@ -148,19 +149,13 @@ async def test_who_takes_and_fails_fails_the_feed() -> None:
 
 async def test_what_an_engine_sends_past_who_waits_reaches_the_outlet_at_once() -> None:
     outlet = Outlet(most=2)
-    stream = a_stream(0, params=DELTA)
-    feed = OutputFeed([stream])
-    waiting = asyncio.create_task(feed.next_arrivals(silence_s=60, outlet=outlet))
-    await asyncio.sleep(1)
-    for text in "ab":
-        stream.push(token(text))
-        stream.tell()
+    stream, feed, waiting = await waited_for(outlet)
+    tell(stream, "a")
+    tell(stream, "b")
     assert outlet.texts == ["a", "b"], "before anybody else could run"
     assert stream.num_taken == 3, "and the next is waited for"
-    stream.push(token("c"))
-    stream.tell()
-    stream.push(token("d", finish_reason="length"))
-    stream.tell()
+    tell(stream, "c")
+    tell(stream, "d", finish_reason="length")
     assert outlet.texts == ["a", "b"], "it is closed, and an end is for who waits"
     arrivals = await waiting
     assert [arrival.output.outputs[0].text for arrival in arrivals or ()] == ["cd"]
@@ -169,12 +164,8 @@ async def test_what_an_engine_sends_past_who_waits_reaches_the_outlet_at_once() 
 
 
 async def test_an_outlet_that_fails_fails_its_feed_and_not_the_engine() -> None:
-    stream = a_stream(0, params=DELTA)
-    feed = OutputFeed([stream])
-    waiting = asyncio.create_task(feed.next_arrivals(silence_s=60, outlet=FailingOutlet()))
-    await asyncio.sleep(1)
-    stream.push(token("a"))
-    stream.tell()
+    stream, feed, waiting = await waited_for(FailingOutlet())
+    tell(stream, "a")
     with pytest.raises(EngineStopped, match="cannot be written"):
         await waiting
     await feed.aclose()
@@ -184,15 +175,10 @@ async def test_a_feed_that_ended_or_was_left_is_gone_without_a_collection() -> N
     gc.disable()
     try:
         for is_left in (False, True):
-            stream = a_stream(0, params=DELTA)
-            feed = OutputFeed([stream])
-            waiting = asyncio.create_task(feed.next_arrivals(silence_s=60, outlet=Outlet()))
-            await asyncio.sleep(1)
-            stream.push(token("a"))
-            stream.tell()
+            stream, feed, waiting = await waited_for(Outlet())
+            tell(stream, "a")
             if not is_left:
-                stream.push(token("b", finish_reason="length"))
-                stream.tell()
+                tell(stream, "b", finish_reason="length")
                 assert await waiting is None
             await feed.aclose()
             waiting.cancel()
@@ -224,8 +210,23 @@ class FailingOutlet(Outlet):
         raise EngineStopped("cannot be written")
 
 
-def token(text: str, finish_reason: FinishReason | None = None) -> Advance:
-    return Advance(SequenceId(0), SampledToken(SequenceId(0), ord(text)), finish_reason)
+Waiting = asyncio.Task[list[Arrival] | None]
+
+
+async def waited_for(outlet: Outlet) -> tuple[RequestStream, OutputFeed, Waiting]:
+    """An engine's own stream, its feed, and who waits there for what comes next."""
+    stream = a_stream(0, params=DELTA)
+    feed = OutputFeed([stream])
+    waiting = asyncio.create_task(feed.next_arrivals(silence_s=60, outlet=outlet))
+    await asyncio.sleep(1)
+    return stream, feed, waiting
+
+
+def tell(stream: RequestStream, text: str, finish_reason: FinishReason | None = None) -> None:
+    """The next token came."""
+    token = SampledToken(SequenceId(0), ord(text))
+    stream.push(Advance(SequenceId(0), token, finish_reason))
+    stream.tell()
 
 
 class Times:
