@@ -261,9 +261,7 @@ async def test_the_memory_taken_stays_below_the_cap() -> None:
         memory = engine.gpu_memory()
     assert memory is not None and memory.used_bytes <= cap
     assert memory.arena_bytes > 9 * 2**30
-    assert memory.free_bytes >= 0
-    # Weights so small may have fitted into what torch held of an engine before this one.
-    assert memory.weight_bytes + memory.context_bytes > 0
+    assert memory.weight_bytes > 0 and memory.free_bytes >= 0
 
 
 @pytest.mark.gpu
