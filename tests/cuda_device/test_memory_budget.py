@@ -247,6 +247,28 @@ def test_what_torch_keeps_of_an_engine_before_is_not_given_out_twice():
     driver.close()
 
 
+def test_weights_that_fit_beside_tensors_of_an_engine_before_are_counted():
+    class Untrimmable(CountingDriver):
+        def trim(self) -> None:
+            """There is a tensor in every segment that torch holds."""
+
+    driver = Untrimmable(memory_bytes=4 * GIB)
+    driver.held_bytes, driver.kept_bytes = 64 * MIB, 40 * MIB
+    memory = CardMemory(driver, "3GiB")
+    driver.kept_bytes -= 11 * MIB  # the weights; the driver's free memory stays as it was
+    shares = memory.plan(
+        lambda layers: StandInRunner(driver, 16 * MIB, 1000),
+        LAYOUT,
+        torch.float32,
+        device_slots=100,
+        staging_slots=0,
+        token_budget=512,
+        decode_rows=64,
+    )
+    assert shares.weight_bytes == 11 * MIB
+    driver.close()
+
+
 def test_an_iteration_that_does_not_fit_under_the_cap_is_an_error_of_the_configuration():
     class TooLarge(StandInRunner):
         def profile(self, num_tokens: int, sampling: SamplingParams) -> int:
