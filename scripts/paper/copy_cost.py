@@ -32,7 +32,9 @@ from scripts.paper.results import RESULTS, Results
 SOURCE_BYTES = 1024 * MIB
 WINDOW_S = 0.05
 LINK_BYTES_PER_S = {"host": 56e9, "peer": 400e9}
-"""Expected; copies for half as long again as the kernels take are issued."""
+"""Expected; copies for twice as long as the kernels take are issued."""
+WARM_UP = 20
+"""Runs before anything is timed."""
 COPYING_SMS = 8
 """Multiprocessors whose kernel copies."""
 
@@ -133,8 +135,9 @@ def _measure(
     driver: Driver, stream: int, source: torch.Tensor, way: Way, kernel: Kernel, windows: int
 ) -> Point:
     ring = torch.empty(way.ring_bytes // 4, dtype=torch.int32, device=driver.device)
-    repeats = max(1, round(WINDOW_S / _window(driver, kernel, 1)))
-    copied_bytes = round(1.5 * WINDOW_S * LINK_BYTES_PER_S[way.source])
+    _window(driver, kernel, WARM_UP)
+    repeats = max(1, round(WINDOW_S * WARM_UP / _window(driver, kernel, WARM_UP)))
+    copied_bytes = round(2 * WINDOW_S * LINK_BYTES_PER_S[way.source])
     alone_s, ratios, rates = [_window(driver, kernel, repeats)], [], []
     for _ in range(windows):
         began, ended = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
