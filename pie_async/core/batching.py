@@ -9,9 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from pie_async.core import pressure
-from pie_async.core.residency import Block, ResidencyMap
-from pie_async.core.schedule import Launched, Schedule, StagedBlock
+from pie_async.core.residency import Block
+from pie_async.core.schedule import Launched, Schedule
 from pie_async.core.sequence import Sequence
+from pie_async.core.staged import Staged
 from pie_async.ids import DeviceSlot, IterationId
 from pie_async.messages import BlockMove, CopyRun, LaneBinding, Row, TableUpdate
 
@@ -81,8 +82,8 @@ def _plan_once(schedule: Schedule, iteration: IterationId) -> IterationPlan:
     if not plan.rows:
         return plan
     batch.describe_lanes()
-    staged = staged_blocks(schedule.residency)
-    plan.runs = staging_runs(staged)
+    staged = schedule.residency.staged.now()
+    plan.runs = staged.runs()
     batch.launch(staged)
     return plan
 
@@ -249,7 +250,7 @@ class _Batch:
             history=tuple(seq.tokens) if sampling.counts_tokens else (),
         )
 
-    def launch(self, staged: list[StagedBlock]) -> None:
+    def launch(self, staged: Staged) -> None:
         plan, schedule = self._plan, self._schedule
         schedule.residency.launched(plan.iteration)
         num_tokens = schedule.token_budget - self._budget
@@ -272,28 +273,3 @@ def _read_slot(block: Block) -> DeviceSlot:
     slot = block.read_slot
     assert slot is not None, f"block {block.id} is read by an iteration but lies in no slot"
     return slot
-
-
-def staged_blocks(residency: ResidencyMap) -> list[StagedBlock]:
-    """All blocks that an iteration issued now has to stage, by their staging slots."""
-    return sorted(
-        (block.staging_slot, block.host_slot, block.id)
-        for block in residency.streamed.values()
-        if not block.is_resident and block.staging_slot is not None and block.host_slot is not None
-    )
-
-
-def staging_runs(staged: list[StagedBlock]) -> list[CopyRun]:
-    """The copies that bring these blocks through the ring, neighbours merged."""
-    runs: list[CopyRun] = []
-    for staging_slot, host_slot, _ in staged:
-        last = runs[-1] if runs else None
-        if (
-            last is not None
-            and staging_slot == last.device_slot + last.count
-            and host_slot == last.host_slot + last.count
-        ):
-            runs[-1] = CopyRun(last.host_slot, last.device_slot, last.count + 1)
-        else:
-            runs.append(CopyRun(host_slot, staging_slot, 1))
-    return runs

@@ -76,6 +76,12 @@ def _check_block(residency: ResidencyMap, block: Block) -> None:
         (block.id in residency.streamed) == block.is_streamed,
         f"{name}: streamed list disagrees with its staging slot",
     )
+    if block.staging_slot is not None:
+        _require(
+            residency.staged.source(block.staging_slot)
+            == (None if block.is_resident else block.host_slot),
+            f"{name} is staged while it is resident, or not from where it lies",
+        )
     is_cached = block in residency.cache
     _require(bool(block.owners) or block.move is not None or is_cached, f"{name} has no owner")
     _require(not (block.owners and is_cached), f"{name} is cached but has owners")

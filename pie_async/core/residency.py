@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Literal
 from pie_async.core.pool_size import PoolSize
 from pie_async.core.prefix_cache import PrefixCache
 from pie_async.core.slots import SlotPool
+from pie_async.core.staged import StagedBlocks
 from pie_async.ids import BlockId, DeviceSlot, HostSlot
 from pie_async.messages import BlockMove
 
@@ -103,6 +104,8 @@ class ResidencyMap:
         self.staging = SlotPool("staging", staging_slots, first=first_staging_slot)
         self.blocks: dict[BlockId, Block] = {}
         self.streamed: dict[BlockId, Block] = {}
+        self.staged = StagedBlocks(staging_slots, first=first_staging_slot)
+        """Of the streamed blocks those that have left the device."""
         self.clean_resident: OrderedDict[BlockId, Block] = OrderedDict()
         """Resident blocks that also have a pooled copy: free to demote, and their host slots
         can be taken back."""
@@ -299,6 +302,7 @@ class ResidencyMap:
         self.clean_resident.pop(block.id, None)
         self._retire(self.device, block.device_slot)
         block.device_slot = None
+        self._note_staged(block)
         self._mark_moved(block)
 
     def begin_promote(self, block: Block) -> BlockMove | None:
@@ -347,6 +351,7 @@ class ResidencyMap:
         if self.staging.num_free == 0:
             return False
         self._stage(block)
+        self._note_staged(block)
         self._mark_moved(block)
         return True
 
@@ -364,8 +369,15 @@ class ResidencyMap:
         block.staging_slot = DeviceSlot(slot)
         self.streamed[block.id] = block
 
+    def _note_staged(self, block: Block) -> None:
+        """It is on the device no more: if it is streamed, iterations have to stage it."""
+        if block.staging_slot is not None:
+            assert block.host_slot is not None
+            self.staged.add(block.id, block.host_slot, block.staging_slot)
+
     def _unstage(self, block: Block) -> None:
         if block.staging_slot is not None:
+            self.staged.remove(block.staging_slot)
             self._retire(self.staging, block.staging_slot)
             block.staging_slot = None
             del self.streamed[block.id]

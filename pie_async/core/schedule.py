@@ -19,7 +19,8 @@ from pie_async.core.prefix_hash import PrefixHasher
 from pie_async.core.residency import Block, ResidencyMap
 from pie_async.core.sequence import Sequence, State
 from pie_async.core.slots import SlotPool
-from pie_async.ids import BlockId, DeviceSlot, HostSlot, IterationId, Lane, SequenceId
+from pie_async.core.staged import Staged
+from pie_async.ids import BlockId, HostSlot, IterationId, Lane, SequenceId
 from pie_async.messages import (
     Advance,
     BlockMove,
@@ -64,8 +65,6 @@ TTFT 45 ms instead of 313."""
 MOST_LOSSES = 3
 """A sequence whose KV was lost in copies is computed again; after so many times it ends instead."""
 
-StagedBlock = tuple[DeviceSlot, HostSlot, BlockId]
-
 
 @dataclass(slots=True)
 class Launched:
@@ -79,7 +78,7 @@ class Launched:
     streamed_blocks: int
     wanted_blocks: int
     is_staged: bool
-    staged: list[StagedBlock]
+    staged: Staged
 
 
 @dataclass(slots=True)
@@ -342,8 +341,8 @@ class Schedule:
         of it is sealed, so nobody shares it."""
         advances: list[Advance] = []
         rows = {row.sequence for row in launched.rows}
-        for _, host_slot, block_id in launched.staged:
-            block = self.residency.blocks.get(block_id) if host_slot in unstaged else None
+        for block_id in launched.staged.blocks_from(unstaged):
+            block = self.residency.blocks.get(block_id)
             for seq, _ in tuple(block.owners) if block is not None else ():
                 if seq.id in rows and seq.id not in self.damaged and not self._lose(seq, advances):
                     if seq.state is State.RUNNING:

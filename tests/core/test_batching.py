@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pie_async.core.batching import PROMOTIONS_BESIDE_STAGING, staged_blocks, staging_runs
+from pie_async.core.batching import PROMOTIONS_BESIDE_STAGING
 from pie_async.messages import CopyRun
 from pie_async.sampling_params import SamplingParams
 from tests.support.perfect_device import (
@@ -249,7 +249,7 @@ def demote(device: PerfectDevice, blocks) -> None:
 def test_neighbouring_blocks_are_staged_by_one_copy():
     device, residency, blocks = streamed(4)
     demote(device, blocks)
-    assert staging_runs(staged_blocks(residency)) == [CopyRun(0, FIRST_STAGING_SLOT, 4)]
+    assert residency.staged.now().runs() == [CopyRun(0, FIRST_STAGING_SLOT, 4)]
 
 
 def test_what_only_waits_in_the_pool_leaves_no_gap_between_streamed_blocks():
@@ -263,7 +263,7 @@ def test_what_only_waits_in_the_pool_leaves_no_gap_between_streamed_blocks():
     device.swap_outs.append([residency.demote(other.table[0], is_streamed=False)])
     device.finish_swap_out()
     demote(device, blocks[2:])
-    assert staging_runs(staged_blocks(residency)) == [CopyRun(0, FIRST_STAGING_SLOT, 4)]
+    assert residency.staged.now().runs() == [CopyRun(0, FIRST_STAGING_SLOT, 4)]
 
 
 def test_a_gap_starts_a_new_copy_and_is_filled_by_what_leaves_next():
@@ -271,21 +271,21 @@ def test_a_gap_starts_a_new_copy_and_is_filled_by_what_leaves_next():
     demote(device, blocks[:3])
     device.swap_ins.append([residency.begin_promote(blocks[1])])
     device.finish_swap_in()
-    assert staging_runs(staged_blocks(residency)) == [
+    assert residency.staged.now().runs() == [
         CopyRun(0, FIRST_STAGING_SLOT, 1),
         CopyRun(2, FIRST_STAGING_SLOT + 2, 1),
     ]
     demote(device, [blocks[3]])
-    assert staging_runs(staged_blocks(residency))[-1] == CopyRun(2, FIRST_STAGING_SLOT + 2, 2)
+    assert residency.staged.now().runs()[-1] == CopyRun(2, FIRST_STAGING_SLOT + 2, 2)
     # Its clean copy lies where it lay, and so does its staging slot.
     assert residency.demote(blocks[1], is_streamed=True) is None
-    assert staging_runs(staged_blocks(residency)) == [CopyRun(0, FIRST_STAGING_SLOT, 4)]
+    assert residency.staged.now().runs() == [CopyRun(0, FIRST_STAGING_SLOT, 4)]
 
 
 def test_a_block_on_its_way_out_is_not_staged_before_its_copy_is_complete():
     device, residency, blocks = streamed(2)
     device.swap_outs.append([residency.demote(b, is_streamed=True) for b in blocks])
-    assert staging_runs(staged_blocks(residency)) == []
+    assert residency.staged.now().runs() == []
     assert device.plan().runs == []
     device.finish_swap_out()
     plan = device.plan()
