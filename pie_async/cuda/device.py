@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from pie_async.core.layout import KvLayout
-from pie_async.cuda.block_copy import to_device, to_host
+from pie_async.cuda.block_copy import Pieces, find_pieces, to_device, to_host
 from pie_async.cuda.checksums import Checksums
 from pie_async.cuda.event_waiter import EventWaiter
 from pie_async.cuda.host_arena import CHUNK_BYTES, HostArena
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from pie_async.model.lanes import Results
 
 Work = Callable[[], None]
-FindCopies = Callable[[PoolArena, DeviceArena, range, Sequence[CopyRun]], "Copies"]
+LayOut = Callable[[DeviceArena, range, Pieces], "Copies"]
 
 
 class Runner(Protocol):
@@ -150,6 +150,8 @@ class CudaDevice:
         self._checksums = (
             Checksums(self.arena.layers, host_slots=host_slots) if checks_copies else None
         )
+        # Launch thread only: the runs that were copied last, and where they lie in the pool.
+        self._found: tuple[Sequence[CopyRun], Pieces] | None = None
         self.tamper: Tamper | None = None
         self._runner: Runner | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -254,26 +256,34 @@ class CudaDevice:
         else:
             stream.attempts.give_up(host_slots_of(runs))
             return
-        find: FindCopies = to_host if kind == "demote" else to_device
+        lay_out: LayOut = to_host if kind == "demote" else to_device
         if outcome == "corrupted":
-            find = _shifted(find, self.memory.layout.item_bytes)
+            lay_out = _shifted(lay_out, self.memory.layout.item_bytes)
         sums = self._checksums
         if sums is not None and kind == "demote":
             self._issue_torch(stream, partial(sums.remember, layers, runs))
-        self._issue(stream, find, layers, runs)
+        self._issue(stream, lay_out, layers, runs)
         if sums is not None and kind != "demote":
             self._issue_torch(stream, partial(_compare, sums, stream, layers, runs))
 
     def _issue(
-        self, stream: CudaStream, find: FindCopies, layers: range, runs: Sequence[CopyRun]
+        self, stream: CudaStream, lay_out: LayOut, layers: range, runs: Sequence[CopyRun]
     ) -> None:
         if stream.fault is not None:
             return
         stream.note_work()
         try:
-            self._driver.copy(find(self._pool, self.arena, layers, runs), stream.handle)
+            copies = lay_out(self.arena, layers, self._pieces(runs))
+            self._driver.copy(copies, stream.handle)
         except Exception as error:  # surfaces at the next event
             stream.fail(error)
+
+    def _pieces(self, runs: Sequence[CopyRun]) -> Pieces:
+        """Looked for once by iteration: all its layer groups copy the same runs, and a hundred of
+        them, found anew for each of eight groups, take as long as the GPU takes for a group."""
+        if self._found is None or self._found[0] is not runs:
+            self._found = (runs, find_pieces(self._pool, runs))
+        return self._found[1]
 
     # --- completions ------------------------------------------------------------------------
 
@@ -332,13 +342,11 @@ class CudaDevice:
         self._driver.close()
 
 
-def _shifted(find: FindCopies, item_bytes: int) -> FindCopies:
+def _shifted(lay_out: LayOut, item_bytes: int) -> LayOut:
     """Copies the first of which arrives shifted by one number: all of it wrong, and finite."""
 
-    def found(
-        pool: PoolArena, arena: DeviceArena, layers: range, runs: Sequence[CopyRun]
-    ) -> Copies:
-        copies = find(pool, arena, layers, runs)
+    def found(arena: DeviceArena, layers: range, pieces: Pieces) -> Copies:
+        copies = lay_out(arena, layers, pieces)
         copies[0, 0] += item_bytes
         copies[2, 0] -= item_bytes
         return copies

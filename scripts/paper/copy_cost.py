@@ -54,7 +54,7 @@ class Way(NamedTuple):
 WAYS = (
     Way("host", 64 * MIB, 128 * MIB),
     Way("host", 4 * MIB, 128 * MIB),
-    Way("host", 64 * KIB, 128 * MIB),
+    Way("host", 512 * KIB, 128 * MIB),
     Way("host", 8 * MIB, 8 * MIB),
     Way("host", 64 * MIB, 1024 * MIB),
     Way("host", 0, 128 * MIB),

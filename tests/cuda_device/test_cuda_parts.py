@@ -18,7 +18,7 @@ from support.device_scripts import fired, issue, moves, prefill, run_resident
 from support.fake_cuda_driver import FakeDriver
 
 from pie_async.core.layout import KvLayout
-from pie_async.cuda.block_copy import to_device, to_host
+from pie_async.cuda.block_copy import find_pieces, to_device, to_host
 from pie_async.cuda.errors import CudaFault
 from pie_async.cuda.host_arena import HostArena
 from pie_async.cuda.plain_runner import PlainRunner
@@ -175,8 +175,8 @@ def test_copies_both_ways_move_the_same_bytes(driver):
     host = HostArena(driver, LAYOUT, slots=16, chunk_bytes=CHUNK_BYTES)
     one = arena(driver)
     runs = [CopyRun(3, 1, 4)]
-    there = to_device(host, one, range(2), runs)
-    back = to_host(host, one, range(2), runs)
+    there = to_device(one, range(2), find_pieces(host, runs))
+    back = to_host(one, range(2), find_pieces(host, runs))
     assert back.tolist() == there[[1, 0, 2]].tolist()
     assert there[2].tolist() == [2 * SLOT, 2 * SLOT] * 2  # a chunk's border in between
     one.close()
@@ -186,9 +186,11 @@ def test_copies_both_ways_move_the_same_bytes(driver):
 def test_a_block_of_a_stack_is_one_copy(driver):
     host = HostArena(driver, STACKED, slots=16, chunk_bytes=CHUNK_BYTES)
     one = arena(driver, STACKED)
-    assert to_device(host, one, range(3, 5), [CopyRun(3, 1, 2)])[2].tolist() == [4 * SLOT]
-    assert to_device(host, one, range(1), [CopyRun(3, 1, 2)])[2].tolist() == [2 * SLOT]
-    assert to_device(host, one, range(5), [])[2].tolist() == []
+    assert to_device(one, range(3, 5), find_pieces(host, [CopyRun(3, 1, 2)]))[2].tolist() == [
+        4 * SLOT
+    ]
+    assert to_device(one, range(1), find_pieces(host, [CopyRun(3, 1, 2)]))[2].tolist() == [2 * SLOT]
+    assert to_device(one, range(5), find_pieces(host, []))[2].tolist() == []
     one.close()
     host.close()
 
@@ -201,10 +203,10 @@ def test_what_is_copied_out_and_in_again_is_what_it_was_in_every_layer(driver, l
     for view in one.layers:
         view[:10].copy_(torch.randn(view[:10].shape))
     want = [view[:10].clone() for view in one.layers]
-    driver.copy(to_host(host, one, layers, [CopyRun(3, 0, 10)]), stream)
+    driver.copy(to_host(one, layers, find_pieces(host, [CopyRun(3, 0, 10)])), stream)
     for index in range(layout.num_groups):
         group = layout.group(index)
-        driver.copy(to_device(host, one, group, [CopyRun(7, first + 2, 5)]), stream)
+        driver.copy(to_device(one, group, find_pieces(host, [CopyRun(7, first + 2, 5)])), stream)
         driver.synchronize_stream(stream)
         for layer in group:
             assert torch.equal(one.layers[layer][first + 2 : first + 7], want[layer][4:9])

@@ -15,7 +15,7 @@ import torch
 from support.device_rigs import LAYOUT
 from support.fake_cuda_driver import FakeDriver
 
-from pie_async.cuda.block_copy import to_device
+from pie_async.cuda.block_copy import find_pieces, to_device
 from pie_async.cuda.errors import CudaFault
 from pie_async.cuda.peer_arena import PeerArena, open_peer
 from pie_async.cuda.vmm import DeviceArena
@@ -69,7 +69,7 @@ def test_all_slots_are_there_at_once(driver):
 def test_a_run_is_one_copy_a_layer(driver):
     pool = PeerArena(driver, LAYOUT, slots=16)
     arena = DeviceArena(driver, LAYOUT, device_slots=16, staging_slots=0, dtype=torch.float32)
-    copies = to_device(pool, arena, range(2), [CopyRun(3, 1, 9)])
+    copies = to_device(arena, range(2), find_pieces(pool, [CopyRun(3, 1, 9)]))
     assert copies[2].tolist() == [9 * SLOT] * 2
     arena.close()
     pool.close()

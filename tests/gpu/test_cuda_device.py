@@ -28,7 +28,7 @@ from support.device_scripts import (
 from support.fake_cuda_driver import FakeDriver
 
 from pie_async.core.layout import KvLayout
-from pie_async.cuda.block_copy import to_device, to_host
+from pie_async.cuda.block_copy import find_pieces, to_device, to_host
 from pie_async.cuda.peer_arena import PeerArena
 from pie_async.cuda.rates import measure_boundary
 from pie_async.cuda.vmm import DeviceArena
@@ -119,12 +119,12 @@ def test_a_pool_in_gpu_memory_keeps_every_byte(driver, peer: int) -> None:
         arena.layers[layer].copy_(torch.randn(arena.layers[layer].shape))
     want = [layer.clone() for layer in arena.layers]
     driver.synchronize_device()
-    driver.copy(to_host(pool, arena, layers, runs), stream)
+    driver.copy(to_host(arena, layers, find_pieces(pool, runs)), stream)
     driver.synchronize_stream(stream)
     for layer in arena.layers:
         layer.zero_()
     driver.synchronize_device()
-    driver.copy(to_device(pool, arena, layers, runs), stream)
+    driver.copy(to_device(arena, layers, find_pieces(pool, runs)), stream)
     driver.synchronize_stream(stream)
     for layer, wanted in zip(arena.layers, want, strict=True):
         assert torch.equal(layer[1:10], wanted[1:10])
