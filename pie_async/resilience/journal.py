@@ -48,9 +48,10 @@ class Journal:
     """Hands facts to the streams, and knows what a new engine must be told.
 
     A death is blamed on every request that the engine had and that got no new token since the
-    death before. One that is blamed for two is a suspect: in the
-    next engine suspects wait, and come in one by one, each when the one before got a token or
-    ended. So the request that kills is found, and the others go on.
+    death before. One that is blamed for two is a suspect: in the next engine suspects come in one
+    by one, the first of them before all others, the next when the one before got a token or ended.
+    So the request that kills is found, the others go on, and one that is only unlucky, behind many
+    whose prompts took all of the short lives there were, soon has the token that clears it.
     """
 
     def __init__(self, *, most_deaths: int, on_finished: Callable[[RequestStream], None]) -> None:
@@ -154,14 +155,17 @@ class Journal:
                 self.close(entry.stream, error=RequestGivenUp(why))
 
     def resume(self, max_model_len: int) -> Iterator[Submit | ReadingChanged]:
-        """What a new engine is told first, in the order in which requests came."""
-        for number, entry in list(self._entries.items()):
-            if entry.is_sent or number not in self._entries:
-                continue  # it came, or went, meanwhile
-            if entry.num_deaths >= SUSPECT_DEATHS:
-                self._suspects.append(number)
-            else:
-                yield from self._resume(entry, max_model_len)
+        """What a new engine is told first: a suspect, then the others in the order in which they
+        came."""
+        others: list[RequestId] = []
+        for number, entry in self._entries.items():
+            if not entry.is_sent:
+                is_suspect = entry.num_deaths >= SUSPECT_DEATHS
+                (self._suspects if is_suspect else others).append(number)
+        yield from self.try_next_suspect(max_model_len)
+        for number in others:
+            if (waiting := self._entries.get(number)) is not None:  # else it went meanwhile
+                yield from self._resume(waiting, max_model_len)
 
     def try_next_suspect(self, max_model_len: int) -> Iterator[Submit | ReadingChanged]:
         """What the engine may be told besides, now."""
