@@ -49,7 +49,7 @@ class Journal:
 
     A death is blamed on every request that the engine had and that got no new token since the
     death before. One that is blamed for two is a suspect: in the next engine suspects come in one
-    by one, the first of them before all others, the next when the one before got a token or ended.
+    by one, the most blamed before all others, the next when the one before got a token or ended.
     So the request that kills is found, the others go on, and one that is only unlucky, behind many
     whose prompts took all of the short lives there were, soon has the token that clears it.
     """
@@ -162,6 +162,9 @@ class Journal:
             if not entry.is_sent:
                 is_suspect = entry.num_deaths >= SUSPECT_DEATHS
                 (self._suspects if is_suspect else others).append(number)
+        # Who is blamed most comes first: one more death may end it.
+        blamed = sorted(self._suspects, key=lambda each: -self._entries[each].num_deaths)
+        self._suspects = deque(blamed)
         yield from self.try_next_suspect(max_model_len)
         for number in others:
             if (waiting := self._entries.get(number)) is not None:  # else it went meanwhile

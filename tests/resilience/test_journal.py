@@ -21,9 +21,9 @@ LONGEST = 1000
 class Desk:
     """A journal with requests numbered by their first sequence."""
 
-    def __init__(self) -> None:
+    def __init__(self, most_deaths: int = 3) -> None:
         self.finished: list[RequestStream] = []
-        self.journal = Journal(most_deaths=3, on_finished=self.finished.append)
+        self.journal = Journal(most_deaths=most_deaths, on_finished=self.finished.append)
 
     def open(self, *sequences: int, **params) -> RequestStream:
         sampling = SamplingParams(n=len(sequences), **params)
@@ -169,6 +169,18 @@ def test_a_suspect_is_told_of_first_so_that_others_do_not_take_its_life(desk):
     for number in (1, 2, 3):
         desk.tell(number, "a")
     assert [command.request for command in desk.restart()] == [1, 2, 3]
+
+
+def test_of_suspects_the_most_blamed_is_tried_first():
+    desk = Desk(most_deaths=6)
+    desk.open(1, max_tokens=50)
+    desk.open(2, max_tokens=50)
+    desk.restart()
+    assert [command.request for command in desk.restart()] == [1]
+    desk.tell(1, "a")
+    assert [command.request for command in desk.journal.try_next_suspect(LONGEST)] == [2]
+    assert [command.request for command in desk.restart()] == [2, 1]
+    assert [command.request for command in desk.restart()] == [2]  # 1 is one too, by now
 
 
 def test_a_request_that_gets_on_is_not_blamed(desk):
