@@ -13,7 +13,7 @@ from pie_async.resilience.errors import RequestGivenUp
 from pie_async.resilience.replay import Course
 
 SUSPECT_DEATHS = 2
-"""After so many deaths in a row a request is tried alone; `most_deaths` end it."""
+"""After so many deaths in a row a request is a suspect, see `Journal`; `most_deaths` end it."""
 NEAR_TOKENS = 2
 """Two deaths so close in a sequence's output are deaths at the same place: what the engine had
 in flight was lost with it."""
