@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import textwrap
 
+import numpy as np
 import pytest
+import torch
 
 from pie_async.config import MIB
+from pie_async.errors import ConfigError
 from pie_async.measurements import RequestTimes
-from scripts.paper import flexgen, rates, throughput, transparency
+from scripts.paper import copy_cost, flexgen, rates, throughput, transparency
 from scripts.paper.load import Row
 
 BUILTIN = ["--device", "cpu", "--model", "builtin", "--load-format", "checkpoint"]
@@ -144,3 +148,27 @@ def test_decoding_is_counted_from_the_last_first_token_as_flexgen_does():
     assert made.prefill_s == 2 and made.decode_tokens_per_s == pytest.approx(5 / 3)
     assert made.total_tokens_per_s == pytest.approx(8 / 5)
     assert made.decode_gain == pytest.approx(10 / 3) and made.total_gain == pytest.approx(4)
+
+
+def test_the_cost_of_copies_is_measured_on_a_gpu_alone(tmp_path, monkeypatch):
+    def refuse() -> None:
+        raise ConfigError("there is no GPU here")
+
+    monkeypatch.setattr(copy_cost, "require_cuda", refuse)
+    monkeypatch.setattr("sys.argv", ["copy_cost", "--results", str(tmp_path)])
+    with pytest.raises(SystemExit, match="copy_cost: there is no GPU here"):
+        copy_cost.main()
+    assert not list(tmp_path.iterdir())
+
+
+def test_copies_go_through_the_ring_and_the_source_again_and_again():
+    source, ring = torch.zeros(copy_cost.SOURCE_BYTES // 4, dtype=torch.int32), torch.zeros(2**21)
+    way = copy_cost.Way("host", 2**20, ring.nbytes)
+    batches = list(itertools.islice(copy_cost._batches(source, ring, way), 200))
+    for sources, destinations, sizes in batches:
+        assert (sizes == 2**20).all() and sizes.sum() == ring.nbytes
+        assert destinations[0] == ring.data_ptr() and (np.diff(destinations) == 2**20).all()
+        assert sources[0] >= source.data_ptr()
+        assert sources[-1] + sizes[-1] <= source.data_ptr() + source.nbytes
+    begins = [int(sources[0]) for sources, _, _ in batches]
+    assert len(set(begins)) == 128 and begins[128:] == begins[:72]

@@ -18,16 +18,20 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import msgspec
 import numpy as np
 import torch
 
 from pie_async.config import KIB, MIB
-from pie_async.cuda.driver import Copies, Driver
+from pie_async.cuda.errors import require_cuda
+from pie_async.errors import ConfigError
 from pie_async.model.transfer import seen_by_gpu
 from scripts.paper.results import RESULTS, Results
+
+if TYPE_CHECKING:
+    from pie_async.cuda.driver import Copies, Driver
 
 SOURCE_BYTES = 1024 * MIB
 WINDOW_S = 0.05
@@ -96,6 +100,12 @@ class Kernel(NamedTuple):
 def main() -> None:
     """Measure every kernel beside every way there is."""
     given = _parser().parse_args()
+    try:
+        require_cuda()
+    except ConfigError as error:
+        raise SystemExit(f"copy_cost: {error}") from error
+    from pie_async.cuda.driver import Driver
+
     results = Results("copy_cost", given.results, {"windows": given.windows})
     driver = Driver(torch.device("cuda"))
     stream = driver.create_stream()
