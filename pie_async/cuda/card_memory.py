@@ -76,7 +76,7 @@ class CardMemory:
         driver.trim()
         driver.limit_torch(driver.total_bytes())  # an engine before this one may have set less
         self._torch_bytes = driver.torch_bytes()
-        self._tensor_bytes = self._torch_bytes - driver.torch_kept_bytes()
+        self._first_tensor_bytes = self._tensor_bytes()
         self._card = Card(total_bytes=driver.total_bytes(), free_bytes=driver.free_bytes())
         self._cap_bytes = self._card.cap_bytes(gpu_memory)
         self._plan: GpuMemory | None = None
@@ -115,9 +115,9 @@ class CardMemory:
         self._driver.trim()
         # Small weights may lie in what torch keeps beside tensors of an engine before this one,
         # where the driver does not see them.
-        tensor_bytes = self._driver.torch_bytes() - self._driver.torch_kept_bytes()
         weight_bytes = max(
-            self._used_bytes() - self._card.context_bytes, tensor_bytes - self._tensor_bytes
+            self._used_bytes() - self._card.context_bytes,
+            self._tensor_bytes() - self._first_tensor_bytes,
         )
         activation_bytes, decode_bytes = self._profile(
             make_runner, layout, dtype, token_budget=token_budget, decode_rows=decode_rows
@@ -166,6 +166,9 @@ class CardMemory:
 
     def _used_bytes(self) -> int:
         return self._card.used_bytes(self._driver.free_bytes())
+
+    def _tensor_bytes(self) -> int:
+        return self._driver.torch_bytes() - self._driver.torch_kept_bytes()
 
     def _limit_torch(self, reserve_bytes: int) -> None:
         """Let torch take what is left under the cap, but for a reserve."""

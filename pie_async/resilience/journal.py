@@ -157,18 +157,15 @@ class Journal:
     def resume(self, max_model_len: int) -> Iterator[Submit | ReadingChanged]:
         """What a new engine is told first: a suspect, then the others in the order in which they
         came."""
-        others: list[RequestId] = []
-        for number, entry in self._entries.items():
-            if not entry.is_sent:
-                is_suspect = entry.num_deaths >= SUSPECT_DEATHS
-                (self._suspects if is_suspect else others).append(number)
+        deaths = {n: each.num_deaths for n, each in self._entries.items() if not each.is_sent}
+        suspects = [number for number, count in deaths.items() if count >= SUSPECT_DEATHS]
         # Who is blamed most comes first: one more death may end it.
-        blamed = sorted(self._suspects, key=lambda each: -self._entries[each].num_deaths)
-        self._suspects = deque(blamed)
+        self._suspects.extend(sorted(suspects, key=deaths.__getitem__, reverse=True))
         yield from self.try_next_suspect(max_model_len)
-        for number in others:
-            if (waiting := self._entries.get(number)) is not None:  # else it went meanwhile
-                yield from self._resume(waiting, max_model_len)
+        for number, count in deaths.items():
+            entry = self._entries.get(number)  # None: it went meanwhile
+            if count < SUSPECT_DEATHS and entry is not None:
+                yield from self._resume(entry, max_model_len)
 
     def try_next_suspect(self, max_model_len: int) -> Iterator[Submit | ReadingChanged]:
         """What the engine may be told besides, now."""

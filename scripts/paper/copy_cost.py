@@ -156,6 +156,7 @@ def _measure(
         issued_bytes = _issue(driver, stream, source, ring, way, copied_bytes)
         with driver.torch_on(stream):
             ended.record()
+        time.sleep(1e-3)  # the link is busy now
         beside_s = _window(driver, kernel, repeats, until=ended)
         rates.append(issued_bytes / (began.elapsed_time(ended) / 1e3))
         alone_s.append(_window(driver, kernel, repeats))
@@ -210,7 +211,6 @@ def _issue(
         issued_bytes += int(copies[2].sum())
         if issued_bytes >= num_bytes:
             break
-    time.sleep(1e-3)  # the link is busy now
     return issued_bytes
 
 
@@ -241,7 +241,6 @@ def _copy_by_kernel(
         for turn in range(rounds):
             begin = turn * ring.numel() % seen.numel()
             copy_through(seen[begin : begin + ring.numel()], ring, COPYING_SMS)
-    time.sleep(1e-3)
     return rounds * ring.nbytes
 
 

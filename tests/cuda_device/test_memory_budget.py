@@ -15,12 +15,13 @@ from pie_async.assembly import on_cuda
 from pie_async.config import GIB, MIB, EngineConfig
 from pie_async.core.layout import KvLayout
 from pie_async.cuda import rates
-from pie_async.cuda.card_memory import CardMemory
+from pie_async.cuda.card_memory import CardMemory, MakeRunner
 from pie_async.cuda.memory_budget import (
     GRAPHS_BYTES,
     SLACK_BYTES,
     Card,
     Demand,
+    GpuMemory,
     paged,
     require_weights,
     share_out,
@@ -205,19 +206,19 @@ class CountingDriver(FakeDriver):
         self.held_bytes = 0
 
 
+def planned(memory: CardMemory, make_runner: MakeRunner, **changes) -> GpuMemory:
+    """The plan for a small load and as many slots as there is room for, but for the changes."""
+    sizes = {"device_slots": None, "staging_slots": 0, "token_budget": 512, "decode_rows": 64}
+    return memory.plan(make_runner, LAYOUT, torch.float32, **(sizes | changes))
+
+
 def test_a_runner_is_profiled_and_the_arena_takes_what_is_left():
     driver = CountingDriver(memory_bytes=4 * GIB)
     memory = CardMemory(driver, "3GiB")
     driver.weight_bytes = GIB
     runner = StandInRunner(driver, 16 * MIB, 1000)
-    shares = memory.plan(
-        lambda layers: runner,
-        LAYOUT,
-        torch.float32,
-        device_slots=None,
-        staging_slots=16,
-        token_budget=8192,
-        decode_rows=256,
+    shares = planned(
+        memory, lambda layers: runner, staging_slots=16, token_budget=8192, decode_rows=256
     )
     assert shares.weight_bytes == GIB
     assert shares.activation_bytes == 16 * MIB + 8192 * 1000
@@ -233,15 +234,7 @@ def test_what_torch_keeps_of_an_engine_before_is_not_given_out_twice():
     driver.torch_holds(2 * GIB)
     memory = CardMemory(driver, "3GiB")
     driver.weight_bytes = GIB
-    shares = memory.plan(
-        lambda layers: StandInRunner(driver, 16 * MIB, 1000),
-        LAYOUT,
-        torch.float32,
-        device_slots=None,
-        staging_slots=0,
-        token_budget=512,
-        decode_rows=64,
-    )
+    shares = planned(memory, lambda layers: StandInRunner(driver, 16 * MIB, 1000))
     assert shares.weight_bytes == GIB
     assert shares.arena_bytes < 2 * GIB
     driver.close()
@@ -256,15 +249,7 @@ def test_weights_that_fit_beside_tensors_of_an_engine_before_are_counted():
     driver.held_bytes, driver.kept_bytes = 64 * MIB, 40 * MIB
     memory = CardMemory(driver, "3GiB")
     driver.kept_bytes -= 11 * MIB  # the weights; the driver's free memory stays as it was
-    shares = memory.plan(
-        lambda layers: StandInRunner(driver, 16 * MIB, 1000),
-        LAYOUT,
-        torch.float32,
-        device_slots=100,
-        staging_slots=0,
-        token_budget=512,
-        decode_rows=64,
-    )
+    shares = planned(memory, lambda layers: StandInRunner(driver, 16 * MIB, 1000), device_slots=100)
     assert shares.weight_bytes == 11 * MIB
     driver.close()
 
@@ -283,11 +268,9 @@ def test_an_iteration_that_does_not_fit_under_the_cap_is_an_error_of_the_configu
     with pytest.raises(
         ConfigError, match=r"8192 tokens does not fit into the 2\.0 GiB that gpu_memory 3\.0 GiB"
     ) as caught:
-        memory.plan(
+        planned(
+            memory,
             lambda layers: TooLarge(driver, 0, 0),
-            LAYOUT,
-            torch.float32,
-            device_slots=None,
             staging_slots=16,
             token_budget=8192,
             decode_rows=256,
@@ -303,15 +286,7 @@ def test_torch_is_kept_below_the_cap_and_the_report_follows_the_driver():
     memory = CardMemory(driver, 0.75)
     driver.weight_bytes = GIB
     runner = StandInRunner(driver, 16 * MIB, 1000)
-    memory.plan(
-        lambda layers: runner,
-        LAYOUT,
-        torch.float32,
-        device_slots=100,
-        staging_slots=0,
-        token_budget=512,
-        decode_rows=64,
-    )
+    planned(memory, lambda layers: runner, device_slots=100)
     arena = driver.create_memory(512 * MIB)
     memory.settle(runner)
     assert driver.torch_limit_bytes == 3 * GIB - 512 * MIB - SLACK_BYTES
@@ -329,15 +304,7 @@ def test_graphs_get_the_room_that_the_largest_iteration_leaves():
     driver = CountingDriver(memory_bytes=4 * GIB)
     memory = CardMemory(driver, "3GiB")
     runner = StandInRunner(driver, 0, 1 * MIB)
-    memory.plan(
-        lambda layers: runner,
-        LAYOUT,
-        torch.float32,
-        device_slots=100,
-        staging_slots=0,
-        token_budget=512,
-        decode_rows=64,
-    )
+    planned(memory, lambda layers: runner, device_slots=100)
     memory.settle(runner)
     assert runner.has_room()
     graphs = driver.create_memory(5 * GIB // 2)
