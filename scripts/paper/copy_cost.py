@@ -64,8 +64,9 @@ WAYS = (
     Way("host", 0, 128 * MIB),
     Way("peer", 64 * MIB, 128 * MIB),
     Way("peer", 4 * MIB, 128 * MIB),
-    Way("peer", 8 * MIB, 8 * MIB),
 )
+"""Not from a peer into a small ring: its thousands of single copies fill the stream's queue, and
+most are over before the kernels can begin."""
 
 
 class Point(msgspec.Struct, frozen=True, kw_only=True):
