@@ -61,9 +61,21 @@ def errors_as_json(count: Callable[[str, int], None] | None = None) -> Middlewar
                 connection.end()
         if count is not None:
             count(_route(request), response.status)
+        _leave_compressed(request, response)
         return response
 
     return middleware
+
+
+def _leave_compressed(request: web.Request, response: web.StreamResponse) -> None:
+    """What was not read of a compressed body stays compressed, and the connection ends.
+
+    aiohttp reads to the end what a handler left, so that the client sees the answer; it would
+    decompress it, gigabytes at worst, without a pause.
+    """
+    if not request.content.is_eof() and "Content-Encoding" in request.headers:
+        request.protocol.close()  # from here on it throws away what comes
+        response.force_close()
 
 
 def require_known_host(hosts: AllowedHosts) -> Middleware:

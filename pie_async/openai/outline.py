@@ -1,8 +1,9 @@
 """A body's outline: what can be refused before anything in it is built.
 
 Building Python objects from 4 MiB of JSON can take a second, in which nothing else of the
-process runs; skipping them takes 10 ms. So a first pass looks at raw fields: those that would
-change what is asked for and are not supported, and those that are longer than any that passes.
+process runs; skipping them takes 10 ms. So its strings are counted, in 3 ms, and then a first pass
+looks at raw fields: those that would change what is asked for and are not supported, and those
+that are longer than any that passes.
 
 Anything else that is unknown is ignored, as OpenAI-compatible servers do, so that clients
 which send hints (`user`, `metadata`, `service_tier`, ...) work unchanged.
@@ -16,6 +17,7 @@ import msgspec
 
 from pie_async.config import KIB
 from pie_async.errors import InvalidRequest
+from pie_async.openai.conversation import MAX_MESSAGES
 from pie_async.openai.prompts import MAX_TOKEN_IDS
 from pie_async.openai.structure import MAX_SCHEMA_BYTES
 from pie_async.openai.tools import MAX_TOOLS_BYTES
@@ -90,6 +92,9 @@ _LONGEST = {
 """Bytes of JSON that these fields may have. Less than fits means more items than are allowed, or
 much white space."""
 _MOST_BYTES_OF_NEUTRAL = 64
+_MOST_STRINGS = 16 * MAX_MESSAGES
+"""Names of fields counted in. A call of a tool, of which there may be as many as messages, has ten;
+a message of text four."""
 
 
 class Outline:
@@ -112,6 +117,7 @@ class Outline:
             InvalidRequest: naming the field.
             msgspec.DecodeError: the body is no JSON object.
         """
+        _check_strings(body)
         sent = self._decoder.decode(body)
         for name, most in _LONGEST.items():
             if (size := len(getattr(sent, name))) > most:
@@ -125,6 +131,17 @@ class Outline:
                     param=name,
                     code="unsupported_parameter",
                 )
+
+
+def _check_strings(body: bytes) -> None:
+    if len(body) <= 2 * _MOST_STRINGS:
+        return
+    # As `read_prompts` counts them: those that end with a backslash are missed, none is added.
+    strings = (body.count(b'"') - body.count(b'\\"')) // 2
+    if strings > _MOST_STRINGS:
+        raise InvalidRequest(
+            f"the body has {strings} names and texts; at most {_MOST_STRINGS} are read"
+        )
 
 
 def _is_neutral(raw: msgspec.Raw, neutral: tuple[Any, ...]) -> bool:

@@ -40,8 +40,10 @@ def text(size: int, unit: str = "word ") -> bytes:
 
 
 TURN = b'{"role":"user","content":""}'
+BOMB = gzip.compress(b'{"prompt": "' + b"a" * (200 * MIB) + b'"}')
 HEAVY: dict[str, tuple[str, bytes, int]] = {
-    "a bomb": (COMPLETIONS, gzip.compress(b'{"prompt": "' + b"a" * (200 * MIB) + b'"}'), 413),
+    "a bomb": (COMPLETIONS, BOMB, 413),
+    "a bomb that nobody reads": ("/nowhere", BOMB, 404),
     "more than is read": (COMPLETIONS, text(5 * MIB), 413),
     "one line of 4 MB": (COMPLETIONS, text(BODY), 400),
     "4 MB of a chat": (
@@ -55,6 +57,12 @@ HEAVY: dict[str, tuple[str, bytes, int]] = {
     "100,000 parts": (
         CHAT,
         filled(b'{"messages":[{"role":"user","content":[', b'{"type":"text"}', b"]}]}"),
+        400,
+    ),
+    "65,000 messages": (CHAT, b'{"messages":[' + (TURN + b",") * 65_000 + TURN + b"]}", 400),
+    "130,000 parts": (
+        CHAT,
+        b'{"messages":[{"role":"user","content":[' + b'{"type":"text"},' * 130_000 + b"{}]}]}",
         400,
     ),
     "a million empty prompts": (COMPLETIONS, filled(b'{"prompt":[', b"[]", b"]}"), 400),
@@ -129,7 +137,7 @@ async def server(start) -> AsyncIterator:
 
 
 async def refuse(server, path: str, body: bytes, expected: int) -> tuple[float, str]:
-    """The lag meanwhile, and the refusal's text."""
+    """The lag until the next request is answered, and the refusal's text."""
     headers = {"Content-Type": "application/json"}
     if body.startswith(b"\x1f\x8b"):
         headers["Content-Encoding"] = "gzip"
@@ -139,6 +147,8 @@ async def refuse(server, path: str, body: bytes, expected: int) -> tuple[float, 
     async with server.http.post(path, data=data, headers=headers) as reply:
         error = (await reply.json())["error"]
         assert reply.status == expected, error
+    async with server.http.get("/health") as reply:
+        assert reply.status == 200
     watching.cancel()
     assert error.keys() == {"message", "type", "param", "code"}
     return lag.worst_s, error["message"]
