@@ -194,11 +194,12 @@ class _Batch:
         residency = self._schedule.residency
         if missing > residency.free_device:
             return False
+        before = seq.table[-1].owners if seq.table else ()
+        owners = before if len(before) == 1 else (seq,)
         for _ in range(missing):
-            block = residency.allocate()
-            assert block is not None
             index = len(seq.table)
-            block.owners.append((seq, index))
+            block = residency.allocate(index, owners)
+            assert block is not None
             seq.table.append(block)
             if seq.dirty_from is None:
                 seq.dirty_from = index

@@ -178,7 +178,7 @@ def _check_owners(schedule: Schedule) -> None:
         for index, block in enumerate(seq.table):
             held += 1
             _require(
-                (seq, index) in block.owners,
+                seq in block.owners and block.index == index,
                 f"sequence {seq.id} holds block {block.id} at {index} without owning it",
             )
     _require(listed == held, f"blocks list {listed} owners, tables hold {held} blocks")

@@ -348,6 +348,6 @@ def _promote_streamed(schedule: Schedule, spare: int) -> list[BlockMove]:
         if move is None:
             break
         moves.append(move)
-        for seq, index in block.owners:
-            seq.demote_from = min(seq.demote_from, index)
+        for seq in block.owners:
+            seq.demote_from = min(seq.demote_from, block.index)
     return moves

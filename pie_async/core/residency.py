@@ -9,7 +9,7 @@ when the copy's event has fired, makes the destination count.
 from __future__ import annotations
 
 from collections import OrderedDict, deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from pie_async.core.pool_size import PoolSize
@@ -32,6 +32,8 @@ class Block:
     """
 
     id: BlockId
+    index: int
+    """In its owners' tables. It is the same in all: they share what is before it, too."""
     device_slot: DeviceSlot | None = None
     host_slot: HostSlot | None = None
     """The pooled copy; complete unless a swap-out into it is under way."""
@@ -41,8 +43,9 @@ class Block:
     """All its tokens are written and their iterations have finished."""
     move: Literal["in", "out"] | None = None
     """The copy that is under way."""
-    owners: list[tuple[Sequence, int]] = field(default_factory=list)
-    """Sequences that share the block, and its index in their tables."""
+    owners: tuple[Sequence, ...] = ()
+    """Sequences that share the block. Neighbours of one sequence have one tuple: there are many
+    blocks, and collections of garbage go through every object."""
     digest: bytes | None = None
     """Names what it holds, once it is sealed; None if prefixes are not shared."""
 
@@ -181,12 +184,12 @@ class ResidencyMap:
 
     # --- blocks -----------------------------------------------------------------------------
 
-    def allocate(self) -> Block | None:
-        """A new resident block, not sealed, owned by nobody yet; None if no slot is free."""
+    def allocate(self, index: int, owners: tuple[Sequence, ...] = ()) -> Block | None:
+        """A new resident block, not sealed; None if no slot is free."""
         slot = self._take_device()
         if slot is None:
             return None
-        block = Block(BlockId(self._next_id), device_slot=slot)
+        block = Block(BlockId(self._next_id), index, device_slot=slot, owners=owners)
         self._next_id += 1
         self.blocks[block.id] = block
         return block
@@ -202,15 +205,16 @@ class ResidencyMap:
         del self.blocks[evicted.id]
         return evicted.device_slot
 
-    def adopt(self, block: Block, owner: Sequence, index: int) -> None:
-        """`owner` shares a block that `cache.find` found, as the one at `index` of its table."""
+    def adopt(self, block: Block, owner: Sequence) -> None:
+        """`owner` shares a block that `cache.find` found."""
         self.cache.take_up(block)
-        block.owners.append((owner, index))
+        block.owners = (*block.owners, owner)
 
     def release(self, block: Block, owner: Sequence) -> None:
         """`owner` no longer needs the block; without owners it is let go, or, while a copy of
         it is under way, when that copy ends."""
-        block.owners = [pair for pair in block.owners if pair[0] is not owner]
+        others = [each for each in block.owners if each is not owner]
+        block.owners = tuple(others)
         if not block.owners and block.move is None:
             self._let_go(block)
 
@@ -340,9 +344,9 @@ class ResidencyMap:
             self._let_go(block)
 
     def _mark_moved(self, block: Block) -> None:
-        for seq, index in block.owners:
-            if seq.dirty_from is None or index < seq.dirty_from:
-                seq.dirty_from = index
+        for seq in block.owners:
+            if seq.dirty_from is None or block.index < seq.dirty_from:
+                seq.dirty_from = block.index
 
     # --- staging ------------------------------------------------------------------------------
 

@@ -319,7 +319,7 @@ class Schedule:
             self.counts.promotions += 1
         advances: list[Advance] = []
         for block in failed:
-            waiting = [seq for seq, _ in self.residency.blocks[block].owners]
+            waiting = self.residency.blocks[block].owners
             self.residency.fail_promote(block)
             self.counts.copies_lost += 1
             for seq in waiting:
@@ -343,7 +343,7 @@ class Schedule:
         rows = {row.sequence for row in launched.rows}
         for block_id in launched.staged.blocks_from(unstaged):
             block = self.residency.blocks.get(block_id)
-            for seq, _ in tuple(block.owners) if block is not None else ():
+            for seq in block.owners if block is not None else ():
                 if seq.id in rows and seq.id not in self.damaged and not self._lose(seq, advances):
                     if seq.state is State.RUNNING:
                         self._set_aside(seq)
@@ -581,8 +581,8 @@ class Schedule:
         """
         if not self.may_share(seq):
             return
-        for index, block in enumerate(self._found(seq)):
-            self.residency.adopt(block, seq, index)
+        for block in self._found(seq):
+            self.residency.adopt(block, seq)
             seq.table.append(block)
         shared = len(seq.table) * self.block_tokens
         seq.num_launched = seq.num_settled = shared
@@ -709,4 +709,4 @@ def is_readable(seq: Sequence) -> bool:
 
 
 def is_read_by_running(block: Block) -> bool:
-    return any(seq.state in (State.RUNNING, State.RESUMING) for seq, _ in block.owners)
+    return any(seq.state in (State.RUNNING, State.RESUMING) for seq in block.owners)

@@ -82,16 +82,16 @@ def streamed_not_listed(schedule: Schedule) -> None:
 
 
 def block_without_owner(schedule: Schedule) -> None:
-    block = schedule.residency.allocate()
+    block = schedule.residency.allocate(0)
     assert block is not None
 
 
 def owner_not_listed(schedule: Schedule) -> None:
-    first(schedule).table[0].owners = [(second(schedule), 0)]
+    first(schedule).table[0].owners = (second(schedule),)
 
 
 def owner_without_block(schedule: Schedule) -> None:
-    first(schedule).table[0].owners.append((second(schedule), 0))
+    first(schedule).table[0].owners += (second(schedule),)
 
 
 def settled_too_far(schedule: Schedule) -> None:

@@ -149,7 +149,7 @@ def test_evictions_take_no_slot_that_an_iteration_still_reads():
     device.cancel(sequence)
     residency = device.schedule.residency
     assert (residency.cache.num_cooling, residency.cache.num_evictable) == (3, 0)
-    assert residency.allocate() is None
+    assert residency.allocate(0) is None
     assert (residency.free_device, residency.coming_device) == (0, 4)
     device.settle()
     device.settle()

@@ -22,10 +22,9 @@ def owner() -> SimpleNamespace:
 
 
 def a_block(residency: ResidencyMap, *owners: SimpleNamespace, is_sealed: bool = True) -> Block:
-    block = residency.allocate()
+    block = residency.allocate(0, owners or (owner(),))
     assert block is not None
     block.is_sealed = is_sealed
-    block.owners += [(seq, 0) for seq in owners or (owner(),)]
     return block
 
 
@@ -126,7 +125,7 @@ def test_streamed_blocks_have_one_number_on_both_sides_while_the_ring_has_it():
         residency.unstage(block)
     demoted(residency, blocks[4], is_streamed=True)
     assert (blocks[4].host_slot, blocks[4].staging_slot) == (4, 13)
-    residency.release(blocks[0], blocks[0].owners[0][0])
+    residency.release(blocks[0], blocks[0].owners[0])
     demoted(residency, blocks[5], is_streamed=True)
     assert (blocks[5].host_slot, blocks[5].staging_slot) == (0, 10)
 
@@ -247,9 +246,8 @@ def test_a_shared_block_lives_as_long_as_its_last_owner():
 def test_a_move_marks_the_tables_of_all_owners():
     residency = a_map()
     first, second = owner(), owner()
-    block = residency.allocate()
+    block = residency.allocate(3, (first, second))
     assert block is not None
-    block.owners += [(first, 3), (second, 5)]
     first.dirty_from, second.dirty_from = 7, 2
     demoted(residency, block)
     assert (first.dirty_from, second.dirty_from) == (3, 2)
@@ -311,4 +309,4 @@ def test_a_reopened_tail_block_loses_its_pooled_copy():
 def test_a_full_device_allocates_nothing():
     residency = a_map(device=1)
     a_block(residency)
-    assert residency.allocate() is None
+    assert residency.allocate(0) is None

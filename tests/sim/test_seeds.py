@@ -138,7 +138,7 @@ def test_what_is_kept_or_changed_fails_the_seed_and_names_its_command(what: str)
         elif what == "a lane":
             schedule.lanes.take()
         elif what == "a block":
-            schedule.residency.allocate()
+            schedule.residency.allocate(0)
         else:
             sampler = engine._loaded().device.sampler
             sampler._vocab_size -= 1
