@@ -116,7 +116,7 @@ def serve(
     from pie_async.api.auth import ApiKeys
     from pie_async.cli.plan import memory_plan, memory_warning, plan_lines
     from pie_async.cli.running import apart, begun, messages, run_async, started
-    from pie_async.runtime.heap import swept
+    from pie_async.runtime.heap import tidied
 
     os.environ[variable_of("log-format")] = log_format  # for the engine's process too
     log_as(log_format)
@@ -136,7 +136,7 @@ def serve(
 
     async def main() -> int:
         run_engine = partial(started, exits_when_stuck=True) if in_process else apart
-        async with begun(run_engine(engine, plan_of_faults)) as starting_engine, swept():
+        async with begun(run_engine(engine, plan_of_faults)) as starting_engine, tidied():
             # Not before: aiohttp takes half a second, in which the engine's process can start.
             api = await asyncio.to_thread(import_module, "pie_async.api.server")
             async with api.Server(

@@ -32,7 +32,7 @@ from pie_async.resilience.wire import (
     Wire,
     WireError,
 )
-from pie_async.runtime.heap import settle, swept
+from pie_async.runtime.heap import settle, tidied
 from pie_async.runtime.logs import log_as
 from pie_async.settings import variable_of
 
@@ -67,7 +67,7 @@ async def serve(connection: socket.socket) -> int:
         alive.cancel()
     settle()
     wire.post(Ready(model=engine.model))
-    async with swept():
+    async with tidied():
         return await _run(engine, wire)
 
 
