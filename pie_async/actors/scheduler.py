@@ -85,8 +85,9 @@ class Neighbours(msgspec.Struct, frozen=True, kw_only=True):
 class SchedulerActor(Actor[SchedulerMail]):
     """Keeps up to `iterations_in_flight` iterations issued while there is work.
 
-    After every message: update the schedule, and once the mailbox is empty, plan. All
-    decisions are `core`'s; this class carries them to the neighbours.
+    After every message: update the schedule, and once the mailbox is empty, plan, and then tell
+    what happened: the device must not wait for what readers are told. All decisions are `core`'s;
+    this class carries them to the neighbours.
     """
 
     def __init__(
@@ -117,6 +118,8 @@ class SchedulerActor(Actor[SchedulerMail]):
         self._awaited: set[SequenceId] = set()
         """Sequences whose masks the next plan waits for."""
         self._waits = 0
+        self._news: list[SequencesAdvanced] = []
+        """What delivery is to be told."""
 
     def connect(self, neighbours: Neighbours) -> None:
         """Say where decisions go; before `run`."""
@@ -135,6 +138,7 @@ class SchedulerActor(Actor[SchedulerMail]):
         # Everything that has arrived takes part in one plan.
         if not len(self.mailbox) and not self._awaited:
             self._plan()
+            self._send_news()
 
     def _take_in(self, mail: SchedulerMail) -> None:
         schedule = self._schedule
@@ -230,6 +234,7 @@ class SchedulerActor(Actor[SchedulerMail]):
         self._order_masks()  # and have the guides of those that ended forgotten
         if self._is_draining and schedule.is_idle and self._is_settled:
             self._is_draining = False
+            self._send_news()
             self._to.delivery.post(Drained())
 
     @property
@@ -369,11 +374,16 @@ class SchedulerActor(Actor[SchedulerMail]):
     ) -> None:
         advances = tuple(advances)
         if advances or prompt_logprobs:
-            self._to.delivery.post(
+            self._news.append(
                 SequencesAdvanced(
                     iteration=iteration, advances=advances, prompt_logprobs=prompt_logprobs
                 )
             )
+
+    def _send_news(self) -> None:
+        for news in self._news:
+            self._to.delivery.post(news)
+        self._news.clear()
 
     # --- counting ---------------------------------------------------------------------------
 
