@@ -338,9 +338,18 @@ class RunIteration(Message, frozen=True, kw_only=True):
     tables: tuple[TableUpdate, ...] = ()
     is_staged: bool = False
     """Whether a StageIteration of the same number belongs to it."""
+    awaits_masks: bool = False
+    """Rows of it sample under masks that are not made yet: after its layers it waits for the
+    SampleIteration of the same number."""
 
 
-ComputeMail = RunIteration
+class SampleIteration(Message, frozen=True, kw_only=True):
+    """Command: the masks that an iteration awaits are made; sample its rows."""
+
+    iteration: IterationId
+
+
+ComputeMail = RunIteration | SampleIteration
 
 # --- to swap-in ---------------------------------------------------------------------------
 

@@ -143,7 +143,7 @@ async def test_others_are_in_every_iteration_whoever_waits_for_a_slow_mask(monke
             slow = asyncio.ensure_future(
                 final(engine, "x", structured_outputs=guide, max_tokens=50)
             )
-            await asyncio.sleep(0.02)
+            await asyncio.sleep(1.02)  # it has its first mask, and waits for the second
             began_s = asyncio.get_running_loop().time()
             await final(engine, "y", max_tokens=50)
             took_s = asyncio.get_running_loop().time() - began_s
@@ -168,7 +168,12 @@ async def test_guided_sequences_alone_take_one_iteration_for_each_token():
     assert len(ran) < 110
 
 
-async def test_beside_others_a_guided_sequence_is_in_every_other_iteration():
+@pytest.mark.parametrize(("mask_s", "every"), [(50e-6, 1), (3e-3, 3)])
+async def test_beside_others_a_guided_sequence_is_in_every_iteration_unless_its_guide_is_slow(
+    monkeypatch, mask_s: float, every: int
+):
+    """Nobody waits for a guide that takes longer than a quarter of an iteration."""
+    monkeypatch.setattr(TimedGuides.__init__, "__kwdefaults__", {"mask_s": mask_s})
     async with Engine(**options("sim"), device_kv_bytes=256 * MIB) as engine:
         await asyncio.gather(
             final(engine, "x", structured_outputs=ENDLESS, max_tokens=50),
@@ -179,7 +184,7 @@ async def test_beside_others_a_guided_sequence_is_in_every_other_iteration():
     with_mask = [n for n, each in enumerate(ran) if any(row.mask is not None for row in each.rows)]
     gaps = [later - earlier for earlier, later in itertools.pairwise(with_mask)]
     assert len(with_mask) == 50
-    assert sorted(set(gaps)) == [2]
+    assert sorted(set(gaps)) == [every]
 
 
 async def test_stop_strings_lengths_and_deltas_work_as_ever():

@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+from typing import assert_never
 
 from pie_async.device.protocol import ComputeQueue, PassResult
 from pie_async.ids import IterationId
-from pie_async.messages import ComputeMail, IterationRan, SchedulerMail
+from pie_async.messages import (
+    ComputeMail,
+    IterationRan,
+    RunIteration,
+    SampleIteration,
+    SchedulerMail,
+)
 from pie_async.runtime.actor import Actor, Observer
 from pie_async.runtime.mailbox import Mailbox
 
@@ -28,9 +35,18 @@ class ComputeActor(Actor[ComputeMail]):
         self._announced.set()
 
     def handle(self, mail: ComputeMail) -> None:
+        match mail:
+            case RunIteration():
+                self._run(mail)
+            case SampleIteration():
+                self._queue.sample(mail.iteration)
+            case _:
+                assert_never(mail)
+
+    def _run(self, command: RunIteration) -> None:
         before, self._announced = self._announced, asyncio.Event()
-        ran = self._queue.run(mail)
-        self.follow_up("announce", self._announce(mail.iteration, ran, before, self._announced))
+        ran = self._queue.run(command)
+        self.follow_up("announce", self._announce(command.iteration, ran, before, self._announced))
 
     async def _announce(
         self,

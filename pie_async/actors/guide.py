@@ -18,8 +18,8 @@ from pie_async.runtime.actor import Actor, Observer
 from pie_async.runtime.mailbox import Mailbox
 
 SLOW_S = 0.5e-3
-"""A guide whose last mask took so long is asked apart from the others, which need not wait for it.
-Most take 20 to 100 us; a complex grammar may take tens of milliseconds."""
+"""A guide whose last mask took so long is asked apart from the others, which need not wait for
+it."""
 
 
 class GuideActor(Actor[GuideMail]):

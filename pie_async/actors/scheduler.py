@@ -43,6 +43,7 @@ from pie_async.messages import (
     ResizePool,
     ReviewPool,
     RunIteration,
+    SampleIteration,
     SchedulerMail,
     SequencesAdvanced,
     SetStreamedLimit,
@@ -61,10 +62,6 @@ from pie_async.runtime.mailbox import Mailbox
 
 NO_ITERATION = IterationId(0)
 """Set in facts that no iteration caused."""
-MOST_PATIENCE_S = 2e-3
-PATIENCE = 0.25
-"""How long planning waits for masks: so much of the last iteration's time, at most the above. The
-device is still busy with the iteration in flight, and most masks take less than 0.1 ms."""
 LIMITS_KEPT = 12
 """Of the governor's decisions, for whoever looks."""
 
@@ -115,6 +112,8 @@ class SchedulerActor(Actor[SchedulerMail]):
         self._took_s = 0.0
         """The last iteration, from first to last."""
         self._limits: deque[LimitChange] = deque(maxlen=LIMITS_KEPT)
+        self._unsampled: IterationId | None = None
+        """The newest iteration, while it awaits masks: none can follow it."""
         self._awaited: set[SequenceId] = set()
         """Sequences whose masks the next plan waits for."""
         self._waits = 0
@@ -135,6 +134,8 @@ class SchedulerActor(Actor[SchedulerMail]):
         self._take_in(mail)
         if self._checks_invariants:
             invariants.check(self._schedule)
+        if self._unsampled is not None:
+            self._sample(self._unsampled)
         # Everything that has arrived takes part in one plan.
         if not len(self.mailbox) and not self._awaited:
             self._plan()
@@ -220,7 +221,7 @@ class SchedulerActor(Actor[SchedulerMail]):
 
     def _plan(self) -> None:
         schedule = self._schedule
-        while len(schedule.in_flight) < self._depth and not schedule.is_resting:
+        while self._may_plan:
             plan = plan_iteration(schedule, IterationId(self._next_iteration))
             if self._checks_invariants:
                 invariants.check(schedule)
@@ -238,6 +239,12 @@ class SchedulerActor(Actor[SchedulerMail]):
             self._to.delivery.post(Drained())
 
     @property
+    def _may_plan(self) -> bool:
+        schedule = self._schedule
+        has_place = len(schedule.in_flight) < self._depth and self._unsampled is None
+        return has_place and not schedule.is_resting
+
+    @property
     def _is_settled(self) -> bool:
         """Nothing that was issued is still to be heard of."""
         schedule = self._schedule
@@ -252,6 +259,8 @@ class SchedulerActor(Actor[SchedulerMail]):
                 self._progress_s = self._now_s()
             if plan.runs:
                 to.swap_in.post(StageIteration(iteration=plan.iteration, runs=tuple(plan.runs)))
+            awaits_masks = bool(self._schedule.guidance.late)
+            self._unsampled = plan.iteration if awaits_masks else None
             to.compute.post(
                 RunIteration(
                     iteration=plan.iteration,
@@ -259,6 +268,7 @@ class SchedulerActor(Actor[SchedulerMail]):
                     bindings=tuple(plan.bindings),
                     tables=tuple(plan.tables),
                     is_staged=bool(plan.runs),
+                    awaits_masks=awaits_masks,
                 )
             )
         if plan.swap_in:
@@ -282,7 +292,14 @@ class SchedulerActor(Actor[SchedulerMail]):
             self._to.guide.post(MakeMasks(orders=orders))
         return tuple(order.sequence for order in orders)
 
-    def _await_masks(self, last_s: float) -> None:
+    def _sample(self, iteration: IterationId) -> None:
+        """Have the newest iteration sampled once its masks are made."""
+        self._order_masks()
+        if not self._schedule.guidance.late:
+            self._unsampled = None
+            self._to.compute.post(SampleIteration(iteration=iteration))
+
+    def _await_masks(self) -> None:
         """Order masks for those whose tokens have just come, and let the next plan wait for them
         a moment: one that comes too late for it costs its sequence an iteration."""
         self._awaited.update(self._order_masks())
@@ -293,7 +310,7 @@ class SchedulerActor(Actor[SchedulerMail]):
             return
         self._waits += 1
         asyncio.get_running_loop().call_later(
-            min(MOST_PATIENCE_S, PATIENCE * last_s), self._masks_late, self._waits
+            schedule.guidance.patience_s, self._masks_late, self._waits
         )
 
     def _masks_late(self, number: int) -> None:
@@ -318,7 +335,8 @@ class SchedulerActor(Actor[SchedulerMail]):
         launched, advances = self._schedule.settle(ran.iteration, ran.sampled, ran.unstaged)
         self._tell(advances, ran.iteration, ran.prompt_logprobs)
         if self._schedule.guidance.num_guided:
-            self._await_masks(ran.compute_s)
+            self._schedule.guidance.iteration_took(ran.compute_s)
+            self._await_masks()
         self._add(iterations=1, compute_s=ran.compute_s, stall_s=ran.stall_s)
         if launched.is_staged and ran.iteration not in self._staged:
             self._awaiting_staging[ran.iteration] = (launched, ran)

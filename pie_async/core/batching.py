@@ -119,7 +119,7 @@ class _Batch:
             expected_len = len(seq.tokens) + seq.samples_in_flight
             if expected_len - seq.num_launched > 1:
                 self._prompts.append(seq)
-            elif seq.is_guided and (holds_guided or not self._schedule.guidance.may_sample(seq)):
+            elif seq.is_guided and (holds_guided or not self._may_guide(seq)):
                 continue
             elif expected_len < seq.prompt_len + seq.max_tokens and self._budget:
                 if self._has_room(seq, 1):
@@ -128,13 +128,20 @@ class _Batch:
                 else:
                     self._schedule.num_starved += 1
 
+    def _may_guide(self, seq: Sequence) -> bool:
+        """Whether a guided sequence may sample: its mask is ready, or soon will be."""
+        guidance = self._schedule.guidance
+        return guidance.may_sample(seq) or guidance.may_be_late(seq)
+
     def _holds_guided(self) -> bool:
         """Whether guided sequences wait for the iteration in flight. If nothing else is to be
         computed, two iterations of half of them each would take twice as long as one of all."""
         schedule = self._schedule
         if not (schedule.in_flight and schedule.guidance.ready):
             return False
-        return all(seq.is_guided and seq.num_unfed <= 1 for seq in schedule.running)
+        if not all(seq.is_guided and seq.num_unfed <= 1 for seq in schedule.running):
+            return False
+        return not all(map(self._may_guide, schedule.running))
 
     def prefill(self) -> None:
         for seq in self._prompts:

@@ -1,12 +1,15 @@
 """Masks of guided sequences: which are wanted, being made, ready and being read.
 
-A guided sequence samples under a mask that depends on all its output, so it has one token in
-flight at most, and is left out of iterations until its next mask is ready. The others go on.
+A guided sequence samples under a mask that depends on all its output. Where masks are made quickly
+it is launched without: while the device computes the layers, the token before becomes known and
+the mask is made, and only then sampling is issued, for the whole iteration. The sequences of slow
+guides have one token in flight at most, and are left out of iterations until their next masks are
+ready; the others go on.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable, Mapping
 
 from pie_async.core.sequence import Sequence
 from pie_async.core.slots import SlotPool
@@ -15,24 +18,39 @@ from pie_async.messages import MaskMade, MaskOrder, Row
 
 MASKS_PER_LANE = 2
 """One that is made or ready, one that an iteration still reads for whoever was there before."""
+MOST_PATIENCE_S = 2e-3
+PATIENCE = 0.25
+"""How long anybody waits for a mask: so much of the last iteration's time, at most the above. The
+device is busy meanwhile. Most masks take 20 to 100 us, those of a complex grammar may take tens of
+milliseconds."""
 
 
 class Guidance:
     """The books of one engine's masks. A slot is in one of three places, or free:
 
     ordered, until the guide has answered; ready, until a row is launched with it or its sequence
-    leaves its lane; with a row, until its iteration has settled.
+    leaves its lane; with a row, until its iteration has settled. A late row's mask is ordered when
+    its slot is with the row already.
     """
 
     def __init__(self, lanes: int) -> None:
         self.slots = SlotPool("mask", MASKS_PER_LANE * lanes)
         self.ordered: dict[SequenceId, MaskSlot] = {}
         self.ready: dict[SequenceId, MaskSlot] = {}
+        self.late: dict[SequenceId, MaskSlot] = {}
+        """Of rows of the newest iteration whose masks are not made: it may not sample before."""
+        self._quick: set[SequenceId] = set()
+        """Guided sequences whose last masks did not take longer than that."""
+        self.patience_s = MOST_PATIENCE_S
         self._known: dict[SequenceId, int] = {}
         """Output tokens that a sequence's guide was told of, once it has one."""
         self._ended: list[SequenceId] = []
         self.num_guided = 0
         """Guided sequences that have not ended."""
+
+    def iteration_took(self, compute_s: float) -> None:
+        """Of the device."""
+        self.patience_s = min(MOST_PATIENCE_S, PATIENCE * compute_s)
 
     # --- orders -------------------------------------------------------------------------------
 
@@ -51,22 +69,45 @@ class Guidance:
         is_coming = seq.id in self.ready or seq.id in self.ordered
         return seq.is_guided and not is_coming and seq.samples_in_flight == 0
 
+    def late_orders(
+        self, sequences: Mapping[SequenceId, Sequence], damaged: Container[SequenceId]
+    ) -> tuple[MaskOrder, ...]:
+        """Masks of late rows whose tokens have become known. Rows need none whose sequences have
+        ended or are damaged: nothing comes of them."""
+        orders = []
+        for sequence_id in [each for each in self.late if each not in self.ordered]:
+            seq = sequences.get(sequence_id)
+            if seq is None or sequence_id in damaged:
+                del self.late[sequence_id]
+            elif seq.samples_in_flight == 1:
+                orders.append(self._order_into(self.late[sequence_id], seq))
+        return tuple(orders)
+
     def _order(self, seq: Sequence) -> MaskOrder | None:
         slot = self.slots.take()
         if slot is None:
             return None  # some that have ended are still read; they come back
+        return self._order_into(MaskSlot(slot), seq)
+
+    def _order_into(self, slot: MaskSlot, seq: Sequence) -> MaskOrder:
         known = self._known.get(seq.id)
         self._known[seq.id] = seq.num_outputs
-        self.ordered[seq.id] = MaskSlot(slot)
+        self.ordered[seq.id] = slot
         tokens = tuple(seq.tokens[seq.prompt_len + (known or 0) :])
         guide = seq.sampling.structured_outputs if known is None else None
-        return MaskOrder(seq.id, MaskSlot(slot), tokens, guide)
+        return MaskOrder(seq.id, slot, tokens, guide)
 
     def made(self, mask: MaskMade, *, is_running: bool) -> None:
         """An order was carried out, whoever still wants it."""
         slot = self.ordered.pop(mask.sequence)
         assert slot == mask.slot, f"sequence {mask.sequence} ordered another mask"
-        if is_running and not mask.is_ended and mask.refusal is None:
+        is_usable = is_running and not mask.is_ended and mask.refusal is None
+        (self._quick.add if is_usable and mask.made_s <= self.patience_s else self._quick.discard)(
+            mask.sequence
+        )
+        if self.late.pop(mask.sequence, None) is not None:
+            return  # the row has it
+        if is_usable:
             self.ready[mask.sequence] = slot
         else:
             self.slots.give_back(slot)
@@ -77,9 +118,21 @@ class Guidance:
         """Whether a row of this sequence could sample now."""
         return not seq.is_guided or seq.id in self.ready
 
+    def may_be_late(self, seq: Sequence) -> bool:
+        """Whether a row of this sequence could be launched before its mask can be made."""
+        is_near = seq.samples_in_flight == 1 and seq.id in self._quick
+        return is_near and self.slots.num_free > 0
+
     def take(self, seq: Sequence) -> MaskSlot | None:
-        """The mask for a row that samples; None if anything may be sampled."""
-        return self.ready.pop(seq.id) if seq.is_guided else None
+        """The mask for a row that samples, made or late; None if anything may be sampled."""
+        if not seq.is_guided:
+            return None
+        if seq.id in self.ready:
+            return self.ready.pop(seq.id)
+        slot = self.slots.take()
+        assert slot is not None, "may_be_late() comes before"
+        self.late[seq.id] = MaskSlot(slot)
+        return self.late[seq.id]
 
     def settled(self, rows: Iterable[Row]) -> None:
         """The iteration that read these rows' masks is over."""
@@ -97,6 +150,7 @@ class Guidance:
     def finished(self, seq: Sequence) -> None:
         """It needs no guide any more."""
         self.num_guided -= seq.is_guided
+        self._quick.discard(seq.id)
         if self._known.pop(seq.id, None) is not None:
             self._ended.append(seq.id)
 

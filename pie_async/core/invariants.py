@@ -159,7 +159,11 @@ def _check_masks(schedule: Schedule) -> None:
     """Every mask slot is free, ordered, ready or read; only those that run have one ready."""
     guidance = schedule.guidance
     read = [row.mask for each in schedule.in_flight for row in each.rows if row.mask is not None]
-    held = [*guidance.ordered.values(), *guidance.ready.values(), *read]
+    ordered = [slot for name, slot in guidance.ordered.items() if name not in guidance.late]
+    held = [*ordered, *guidance.ready.values(), *read]
+    newest = schedule.in_flight[-1].rows if schedule.in_flight else ()
+    late = {row.sequence: row.mask for row in newest if row.sequence in guidance.late}
+    _require(late == guidance.late, "a late mask belongs to no row of the newest iteration")
     _require(len(set(held)) == len(held), f"a mask slot is held twice: {sorted(held)}")
     used = guidance.slots.num_used
     _require(used == len(held), f"{used} mask slots are taken, {len(held)} are held")

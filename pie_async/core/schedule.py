@@ -284,7 +284,8 @@ class Schedule:
 
     def mask_orders(self) -> tuple[MaskOrder, ...]:
         """Masks that running sequences need for their next tokens and that nobody has ordered."""
-        return self.guidance.orders(self.running)
+        late = self.guidance.late_orders(self.sequences, self.damaged)
+        return late + self.guidance.orders(self.running)
 
     def masks_made(self, masks: Iterable[MaskMade]) -> list[Advance]:
         """Orders were carried out. Sequences whose output is complete end, and so do those whose

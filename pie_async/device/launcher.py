@@ -42,25 +42,35 @@ class Launcher:
         self._device = device
         self._layout = device.memory.layout
         self._loop = loop
-        self._runs: deque[tuple[RunIteration, asyncio.Future[PassResult]]] = deque()
+        self._steps: deque[Callable[[], bool]] = deque()
+        """Of iterations, in order; each says whether it was issued, or still lacks something."""
+        self._masked: set[IterationId] = set()
+        """Iterations whose masks came; they are to be sampled."""
         self._staging: dict[IterationId, tuple[StageIteration, asyncio.Future[CopyResult]]] = {}
         self._exchanges = exchanges
         # Launch thread only: per ring buffer, when its last reader is done with it.
         self._released: list[Event | None] = [None] * self._layout.ring_layers
         self._written_back: Event | None = None
+        self._sampling: Callable[[], None] | None = None  # of the iteration that awaits masks
 
     # --- called on the event loop ---------------------------------------------------------
 
     def run(self, command: RunIteration) -> asyncio.Future[PassResult]:
         ran: asyncio.Future[PassResult] = self._future()
-        self._runs.append((command, ran))
-        self._pair()
+        self._steps.append(partial(self._try_run, command, ran))
+        if command.awaits_masks:
+            self._steps.append(partial(self._try_sample, command.iteration, ran))
+        self._issue_steps()
         return ran
+
+    def sample(self, iteration: IterationId) -> None:
+        self._masked.add(iteration)
+        self._issue_steps()
 
     def stage(self, command: StageIteration) -> asyncio.Future[CopyResult]:
         staged: asyncio.Future[CopyResult] = self._future()
         self._staging[command.iteration] = (command, staged)
-        self._pair()
+        self._issue_steps()
         return staged
 
     def promote(self, moves: Sequence[BlockMove]) -> asyncio.Future[CopyResult]:
@@ -72,19 +82,28 @@ class Launcher:
     def resize_pool(self, slots: int) -> None:
         self._device.resize_pool(slots)
 
-    def _pair(self) -> None:
-        """Issue iterations in order, each as soon as both its halves are here."""
-        while self._runs:
-            command, ran = self._runs[0]
-            if not command.is_staged:
-                self._launch(partial(self._issue_resident, command, ran), ran)
-            elif command.iteration in self._staging:
-                stage, staged = self._staging.pop(command.iteration)
-                issue = partial(self._issue_staged, command, stage, ran, staged)
-                self._launch(issue, ran, staged)
-            else:
-                return
-            self._runs.popleft()
+    def _issue_steps(self) -> None:
+        while self._steps and self._steps[0]():
+            self._steps.popleft()
+
+    def _try_run(self, command: RunIteration, ran: asyncio.Future[PassResult]) -> bool:
+        """Issue an iteration if both its halves are here."""
+        if not command.is_staged:
+            self._launch(partial(self._issue_resident, command, ran), ran)
+        elif command.iteration in self._staging:
+            stage, staged = self._staging.pop(command.iteration)
+            self._launch(partial(self._issue_staged, command, stage, ran, staged), ran, staged)
+        else:
+            return False
+        return True
+
+    def _try_sample(self, iteration: IterationId, ran: asyncio.Future[PassResult]) -> bool:
+        """Issue the sampling of an iteration if its masks are there."""
+        if iteration not in self._masked:
+            return False
+        self._masked.remove(iteration)
+        self._launch(self._issue_sampling, ran)
+        return True
 
     def _copy(
         self,
@@ -119,7 +138,7 @@ class Launcher:
         began = device.compute.record()
         forward = device.begin_pass(command)
         device.run_layers(forward, range(self._layout.num_layers), is_staged=False)
-        self._finish(began, forward, ran)
+        self._finish(command, began, forward, ran)
 
     def _issue_staged(
         self,
@@ -150,7 +169,7 @@ class Launcher:
         self._announce(
             last, staged, lambda: self._copy_result(staging_began, last, num_bytes, back_bytes)
         )
-        self._finish(began, forward, ran, staging=(staging_began, last))
+        self._finish(command, began, forward, ran, staging=(staging_began, last))
 
     def _stage_group(self, layers: range, stage: StageIteration) -> Event:
         h2d = self._device.h2d
@@ -179,16 +198,33 @@ class Launcher:
 
     def _finish(
         self,
+        command: RunIteration,
         began: Event,
         forward: Pass,
         ran: asyncio.Future[PassResult],
         *,
         staging: tuple[Event, Event] | None = None,
     ) -> None:
-        """`staging`: the events around the iteration's copies, which have fired before its last."""
-        self._device.sample(forward)
-        done = self._device.compute.record()
-        self._announce(done, ran, lambda: self._pass_result(began, done, forward, staging))
+        """Once its masks are there.
+
+        Args:
+            staging: the events around the iteration's copies, which have fired before its last.
+        """
+
+        def sample() -> None:
+            self._device.sample(forward)
+            done = self._device.compute.record()
+            self._announce(done, ran, lambda: self._pass_result(began, done, forward, staging))
+
+        if command.awaits_masks:
+            self._sampling = sample
+        else:
+            sample()
+
+    def _issue_sampling(self) -> None:
+        sample, self._sampling = self._sampling, None
+        if sample is not None:  # else what came before could not be issued, and has told so
+            sample()
 
     # --- completions ------------------------------------------------------------------------
 

@@ -17,7 +17,7 @@ import msgspec
 from pie_async.config import MIB
 from pie_async.core.layout import KvLayout
 from pie_async.device.attempts import Tamper
-from pie_async.ids import HostSlot, SequenceId
+from pie_async.ids import HostSlot, IterationId, SequenceId
 from pie_async.messages import (
     BlockMove,
     CopyRun,
@@ -208,6 +208,9 @@ class ComputeQueue(Protocol):
 
         The future raises DeviceFault. Cancelling it cancels the wait, never the work.
         """
+
+    def sample(self, iteration: IterationId) -> None:
+        """Issue the sampling of an iteration that awaits masks; none was given after it."""
 
 
 class SwapInQueue(Protocol):

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from pie_async.device.launcher import Launcher
 from pie_async.device.protocol import CopyResult, PassResult
+from pie_async.ids import IterationId
 from pie_async.messages import BlockMove, RunIteration, StageIteration
 from pie_async.runtime.watchdog import Issued
 
@@ -25,6 +26,9 @@ class WatchedQueues:
         num_tokens = sum(row.num_tokens for row in command.rows)
         self.compute.add(f"iteration {command.iteration} of {num_tokens} tokens", ran)
         return ran
+
+    def sample(self, iteration: IterationId) -> None:
+        self._launcher.sample(iteration)
 
     def stage(self, command: StageIteration) -> asyncio.Future[CopyResult]:
         staged = self._launcher.stage(command)

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Protocol
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
 MOST_KEPT = 128
 """Compiled guides that are kept for the next request that sends the same."""
 MOST_KEPT_CHARS = 4 * 2**20
+LEAST_TOGETHER = 8
+"""Masks that one thread makes one after the other: waking another takes as long as one."""
 _WHITE_SPACE = r"\r?\n[ \t]{0,20}| ?"
 """Between JSON's tokens. Without a bound some models never stop: white space is always right."""
 _WORD_BITS = 32
@@ -187,6 +190,9 @@ class GuideRoom:
     def __init__(self, compiler: GuideCompiler, table: MaskTable) -> None:
         self._compiler = compiler
         self._table = table
+        # Rows whose sequences have ended are sampled under whatever lies there: nothing comes of
+        # them, but sampling must find something.
+        table[:, 0] = -1
         self._matchers: dict[SequenceId, LLMatcher] = {}
 
     def make(self, order: MaskOrder, clock: Callable[[], float] = time.perf_counter) -> MaskMade:
@@ -227,14 +233,16 @@ class ThreadedGuides:
     def __init__(self, room: GuideRoom, *, threads: int | None = None) -> None:
         self._room = room
         self.forget = room.forget
-        self._threads = ThreadPoolExecutor(
-            threads or min(8, os.cpu_count() or 2), thread_name_prefix="pie-guides"
-        )
+        self._num_threads = threads or min(8, os.cpu_count() or 2)
+        self._threads = ThreadPoolExecutor(self._num_threads, thread_name_prefix="pie-guides")
 
     async def make(self, orders: Sequence[MaskOrder]) -> tuple[MaskMade, ...]:
         """See `Guides`."""
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._threads, self._make_all, orders)
+        size = max(LEAST_TOGETHER, -(-len(orders) // self._num_threads))
+        parts = [orders[first : first + size] for first in range(0, len(orders), size)]
+        asked = [loop.run_in_executor(self._threads, self._make_all, part) for part in parts]
+        return tuple([mask for part in asked for mask in await part])
 
     def _make_all(self, orders: Sequence[MaskOrder]) -> tuple[MaskMade, ...]:
         return tuple(map(self._room.make, orders))
@@ -257,9 +265,9 @@ class TimedGuides:
 
     async def make(self, orders: Sequence[MaskOrder]) -> tuple[MaskMade, ...]:
         """See `Guides`."""
-        masks = tuple(self._room.make(order, clock=lambda: 0.0) for order in orders)
+        made = [self._room.make(order, clock=lambda: 0.0) for order in orders]
         await asyncio.sleep(self._mask_s * len(orders))
-        return masks
+        return tuple([msgspec.structs.replace(mask, made_s=self._mask_s) for mask in made])
 
     def close(self) -> None:
         """See `Guides`."""

@@ -8,6 +8,7 @@ from typing import Any
 
 from pie_async.actors.scheduler import Neighbours
 from pie_async.device.protocol import CopyResult, PassResult
+from pie_async.ids import IterationId
 from pie_async.messages import BlockMove, RunIteration, StageIteration
 from pie_async.runtime.mailbox import Mailbox
 
@@ -21,6 +22,9 @@ class Queues:
 
     def run(self, command: RunIteration) -> asyncio.Future[PassResult]:
         return self._note("run", command)
+
+    def sample(self, iteration: IterationId) -> None:
+        self.asked.append(("sample", iteration))
 
     def stage(self, command: StageIteration) -> asyncio.Future[CopyResult]:
         return self._note("stage", command)
@@ -38,7 +42,7 @@ class Queues:
         return future
 
 
-def mailboxes(*, with_governor: bool = True) -> Neighbours:
+def mailboxes(*, with_governor: bool = True, with_guide: bool = False) -> Neighbours:
     """Mailboxes that nobody reads."""
     return Neighbours(
         compute=Mailbox("compute", 8),
@@ -46,6 +50,7 @@ def mailboxes(*, with_governor: bool = True) -> Neighbours:
         swap_out=Mailbox("swap_out", 64),
         delivery=Mailbox("delivery", 64),
         governor=Mailbox("governor", 64) if with_governor else None,
+        guide=Mailbox("guide", 64) if with_guide else None,
     )
 
 

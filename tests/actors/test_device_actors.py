@@ -18,6 +18,7 @@ from pie_async.messages import (
     IterationStaged,
     RunIteration,
     SampledToken,
+    SampleIteration,
     SchedulerMail,
     StageIteration,
     SwapIn,
@@ -153,3 +154,16 @@ async def test_iterations_are_reported_in_order_also_when_they_end_together(sche
     actor.mailbox.close()
     await running
     assert [fact.iteration for fact in scheduler.drain()] == [8, 9]
+
+
+async def test_the_sampling_of_an_iteration_is_asked_for_after_it(queues: Queues, scheduler):
+    actor = ComputeActor(queues, scheduler)
+    running = asyncio.create_task(actor.run())
+    command = RunIteration(iteration=8, rows=(), awaits_masks=True)
+    actor.mailbox.post(command)
+    actor.mailbox.post(SampleIteration(iteration=8))
+    await turns()
+    assert queues.asked == [("run", command), ("sample", 8)]
+    assert scheduler.drain() == []
+    running.cancel()
+    await asyncio.wait([running])

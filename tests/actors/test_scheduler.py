@@ -16,8 +16,11 @@ from pie_async.messages import (
     IterationObserved,
     IterationRan,
     IterationStaged,
+    MaskMade,
+    MasksMade,
     RunIteration,
     SampledToken,
+    SampleIteration,
     SequencesAdvanced,
     SetStreamedLimit,
     StageIteration,
@@ -28,16 +31,23 @@ from pie_async.messages import (
     SwappedOut,
 )
 from pie_async.sampling_params import SamplingParams
+from pie_async.structured import StructuredOutputs
 from tests.actors.neighbours import mailboxes, turns
 from tests.support.perfect_device import a_schedule
 
 
-def submit(sequence: int, *, prompt_len: int = 5, max_tokens: int = 3) -> Submit:
+def submit(
+    sequence: int,
+    *,
+    prompt_len: int = 5,
+    max_tokens: int = 3,
+    guide: StructuredOutputs | None = None,
+) -> Submit:
     return Submit(
         request=sequence,
         sequences=(sequence,),
         prompt_tokens=tuple(range(100 * sequence, 100 * sequence + prompt_len)),
-        sampling=SamplingParams(max_tokens=max_tokens),
+        sampling=SamplingParams(max_tokens=max_tokens, structured_outputs=guide),
         seed=1,
         max_tokens=max_tokens,
     )
@@ -46,9 +56,16 @@ def submit(sequence: int, *, prompt_len: int = 5, max_tokens: int = 3) -> Submit
 class Bench:
     """One scheduler, its neighbours, and short words for what they say."""
 
-    def __init__(self, *, iterations_in_flight: int = 2, with_governor: bool = True, **schedule):
+    def __init__(
+        self,
+        *,
+        iterations_in_flight: int = 2,
+        with_governor: bool = True,
+        with_guide: bool = False,
+        **schedule,
+    ):
         self.schedule = a_schedule(**schedule)
-        self.to = mailboxes(with_governor=with_governor)
+        self.to = mailboxes(with_governor=with_governor, with_guide=with_guide)
         self.actor = SchedulerActor(
             self.schedule,
             iterations_in_flight=iterations_in_flight,
@@ -61,6 +78,13 @@ class Bench:
         for one in mail:
             self.actor.mailbox.post(one)
         await turns()
+
+    async def make_masks(self) -> None:
+        """Answer the guide's orders."""
+        orders = [o for mail in self.to.guide.drain() for o in getattr(mail, "orders", ())]
+        assert orders
+        masks = tuple(MaskMade(order.sequence, order.slot, 1e-4) for order in orders)
+        await self.tell(MasksMade(masks=masks))
 
     def commands(self) -> list[RunIteration]:
         return self.to.compute.drain()
@@ -277,3 +301,49 @@ async def test_contradicting_books_stop_the_actor_in_debug_mode():
     with pytest.raises(ExceptionGroup) as caught:
         await running
     assert isinstance(caught.value.exceptions[0], InvariantBroken)
+
+
+# --- guided sequences ---------------------------------------------------------------------------
+
+
+async def test_an_iteration_that_awaits_masks_is_sampled_when_they_come_and_none_passes_it(started):
+    bench = started(iterations_in_flight=3, with_guide=True)
+    await bench.tell(submit(1, max_tokens=9, guide=StructuredOutputs(regex="[0-9]+")))
+    (prompt,) = bench.commands()
+    await bench.make_masks()
+    await bench.tell(bench.ran(prompt))
+    first, late = bench.commands()
+    assert (first.awaits_masks, late.awaits_masks) == (False, True)
+    await bench.tell(submit(2))
+    assert bench.commands() == [], "it would have to be issued behind the sampling"
+    await bench.tell(bench.ran(first))
+    assert bench.commands() == []
+    await bench.make_masks()
+    sampling, after = bench.commands()
+    assert sampling == SampleIteration(iteration=late.iteration)
+    assert [row.sequence for row in after.rows] == [1, 2]
+    assert after.awaits_masks
+
+
+async def test_an_iteration_awaits_no_masks_of_those_who_left(started):
+    bench = started(with_guide=True)
+    await bench.tell(submit(1, max_tokens=9, guide=StructuredOutputs(regex="[0-9]+")))
+    (prompt,) = bench.commands()
+    await bench.make_masks()
+    await bench.tell(bench.ran(prompt))
+    first, late = bench.commands()
+    await bench.tell(Cancel(sequences=(1,)))
+    assert bench.commands() == [SampleIteration(iteration=late.iteration)]
+    await bench.tell(bench.ran(first), bench.ran(late), Drain())
+    assert Drained() in bench.to.delivery.drain()
+
+
+async def test_the_device_is_given_work_before_readers_hear_of_the_last(started):
+    bench = started(iterations_in_flight=1)
+    order: list[str] = []
+    for name in ("compute", "delivery"):
+        box = getattr(bench.to, name)
+        box.post = lambda mail, post=box.post, name=name: (order.append(name), post(mail))
+    await bench.tell(submit(1))
+    await bench.tell(bench.ran(bench.commands()[0]))
+    assert order == ["compute", "compute", "delivery"]

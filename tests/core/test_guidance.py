@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
 
 from pie_async.core import invariants
 from pie_async.core.batching import IterationPlan, plan_iteration
-from pie_async.core.guidance import MASKS_PER_LANE
+from pie_async.core.guidance import MASKS_PER_LANE, MOST_PATIENCE_S
 from pie_async.core.residency import ResidencyMap
 from pie_async.core.schedule import Schedule
 from pie_async.core.sequence import State
@@ -16,6 +18,7 @@ from pie_async.sampling_params import SamplingParams
 from pie_async.structured import StructuredOutputs
 
 GUIDE = StructuredOutputs(regex="[0-9]+")
+SLOW_S = 2 * MOST_PATIENCE_S
 
 
 class Bench:
@@ -62,8 +65,8 @@ class Bench:
         invariants.check(self.schedule)
         return advances
 
-    def make(self, *orders: MaskOrder, **outcome) -> list[Advance]:
-        made = [MaskMade(order.sequence, order.slot, 1e-4, **outcome) for order in orders]
+    def make(self, *orders: MaskOrder, made_s: float = MOST_PATIENCE_S, **outcome) -> list[Advance]:
+        made = [MaskMade(order.sequence, order.slot, made_s, **outcome) for order in orders]
         advances = self.schedule.masks_made(made)
         invariants.check(self.schedule)
         return advances
@@ -102,7 +105,7 @@ def test_a_prompt_of_one_token_waits_for_its_mask_with_nothing_in_flight():
     assert rows(bench.plan()) == {1: (1, True)}
 
 
-def test_the_others_go_on_while_a_guided_sequence_waits():
+def test_the_others_go_on_while_one_with_a_slow_guide_waits():
     bench = Bench()
     bench.submit(1, guided=True)
     bench.submit(2, guided=False)
@@ -111,15 +114,122 @@ def test_the_others_go_on_while_a_guided_sequence_waits():
     assert rows(bench.plan()) == {2: (1, True)}, "the second iteration in flight"
     bench.settle()
     assert rows(bench.plan()) == {2: (1, True)}
-    bench.make(order)
+    bench.make(order, made_s=SLOW_S)
     bench.settle()
     assert rows(bench.plan()) == {1: (1, True), 2: (1, True)}
     bench.settle()
     assert rows(bench.plan()) == {2: (1, True)}, "its token is on the way: no mask, no row"
 
 
-def test_guided_sequences_alone_stay_together():
+def under_way(bench: Bench, *numbers: int) -> None:
+    """Guided sequences whose first tokens are being sampled."""
+    for number in numbers:
+        bench.submit(number, guided=True)
+    bench.plan()
+    bench.settle()
+    bench.make(*bench.orders())
+    assert rows(bench.plan()) == dict.fromkeys(numbers, (1, True))
+
+
+def test_a_row_with_a_quick_guide_is_launched_before_its_mask_can_be_made():
+    bench = Bench()
+    under_way(bench, 1)
+    bench.submit(2, guided=False)
+    plan = bench.plan()
+    assert rows(plan) == {1: (1, True), 2: (3, True)}
+    guidance = bench.schedule.guidance
+    assert guidance.late == {1: plan.rows[0].mask}
+    assert bench.orders() == (), "the token before is not known"
+    bench.settle(token=9)
+    (order,) = bench.orders()
+    assert (order.tokens, order.slot) == ((9,), plan.rows[0].mask)
+    bench.make(order)
+    assert guidance.late == {}, "it may be sampled"
+    assert rows(bench.plan()) == {1: (1, True), 2: (1, True)}
+    bench.settle()
+    bench.make(*bench.orders())
+    bench.settle()
+    assert guidance.slots.num_used == 0
+
+
+@pytest.mark.parametrize(("iteration_s", "is_slow"), [(1.0, False), (MOST_PATIENCE_S, True)])
+def test_a_guide_that_has_become_slow_is_waited_for_once(iteration_s: float, is_slow: bool):
+    bench = Bench()
+    under_way(bench, 1)
+    bench.plan()
+    bench.settle()
+    bench.schedule.guidance.iteration_took(iteration_s)
+    bench.make(*bench.orders(), made_s=MOST_PATIENCE_S)
+    assert rows(bench.plan()) == ({} if is_slow else {1: (1, True)})
+
+
+@pytest.mark.parametrize(
+    ("moment", "how"),
+    [
+        *product(("unknown", "ordered", "made"), ("cancelled", "parked")),
+        *product(("ordered",), ("refused", "complete")),
+    ],
+)
+def test_a_late_row_waits_for_nobody_who_has_left(moment: str, how: str):
+    bench = Bench()
+    under_way(bench, 1)
+    bench.plan()
+    schedule = bench.schedule
+    orders: tuple[MaskOrder, ...] = ()
+    if moment != "unknown":
+        bench.settle()
+        orders = bench.orders()
+    if moment == "made":
+        bench.make(*orders)
+        orders = ()
+    if how == "cancelled":
+        schedule.cancel([SequenceId(1)], "abort")
+    elif how == "parked":
+        schedule.park(schedule.sequences[SequenceId(1)])
+    if moment == "unknown":
+        bench.settle(token=9)
+        orders = bench.orders()
+        assert len(orders) == (how == "parked"), "one that comes back will have its token"
+    outcome = {"refused": {"refusal": "too complex"}, "complete": {"is_ended": True}}
+    bench.make(*orders, **outcome.get(how, {}))
+    assert bench.orders() == ()
+    assert schedule.guidance.late == {}
+    bench.settle(token=8)
+    assert schedule.guidance.slots.num_used == 0
+    if how == "parked":
+        assert schedule.sequences[SequenceId(1)].tokens[-2:] == [7 if moment != "unknown" else 9, 8]
+
+
+def test_without_a_free_slot_no_row_is_late():
+    bench = Bench()
+    under_way(bench, 1)
+    slots = bench.schedule.guidance.slots
+    taken = [slots.take() for _ in range(slots.num_free)]
+    assert plan_iteration(bench.schedule, IterationId(99)).rows == []
+    for slot in taken:
+        slots.give_back(slot)
+    assert rows(bench.plan()) == {1: (1, True)}
+
+
+def test_slow_guided_sequences_alone_stay_together():
     """Two iterations in flight of one half each would take twice as long as one of both."""
+    bench = Bench()
+    bench.submit(1, guided=True)
+    bench.submit(2, guided=True)
+    bench.plan()
+    bench.settle()
+    first, second = bench.orders()
+    bench.make(first, made_s=SLOW_S)
+    assert rows(bench.plan()) == {1: (1, True)}
+    bench.make(second, made_s=SLOW_S)
+    assert not bench.plan().rows, "it waits for the one in flight"
+    bench.settle()
+    (order,) = bench.orders()
+    bench.make(order)
+    assert rows(bench.plan()) == {1: (1, True), 2: (1, True)}
+
+
+def test_quick_guided_sequences_alone_catch_up_with_the_one_in_flight():
     bench = Bench()
     bench.submit(1, guided=True)
     bench.submit(2, guided=True)
@@ -129,10 +239,6 @@ def test_guided_sequences_alone_stay_together():
     bench.make(first)
     assert rows(bench.plan()) == {1: (1, True)}
     bench.make(second)
-    assert not bench.plan().rows, "it waits for the one in flight"
-    bench.settle()
-    (order,) = bench.orders()
-    bench.make(order)
     assert rows(bench.plan()) == {1: (1, True), 2: (1, True)}
 
 

@@ -475,6 +475,28 @@ async def launch_three_iterations(*, exchanges: bool = False) -> None:
         await asyncio.gather(*futures, return_exceptions=True)
 
 
+async def test_an_iteration_that_awaits_masks_is_sampled_and_passed_only_when_they_come():
+    device = await with_streamed_blocks(link_bytes_per_s=3e8)
+    launcher = Launcher(device, asyncio.get_running_loop())
+    (first, runs), (second, _) = streaming(1), streaming(2)
+    first = msgspec.structs.replace(first, awaits_masks=True)
+    one = launcher.run(first)
+    launcher.sample(first.iteration)  # before its other half is there
+    staged = launcher.stage(StageIteration(iteration=1, runs=runs))
+    await asyncio.gather(one, staged)
+
+    second = msgspec.structs.replace(second, awaits_masks=True)
+    third, _ = streaming(3)
+    two, three = launcher.run(second), launcher.run(third)
+    for iteration in (2, 3):
+        launcher.stage(StageIteration(iteration=iteration, runs=runs))
+    await asyncio.sleep(1.0)
+    assert not two.done() and not three.done()
+    launcher.sample(second.iteration)
+    assert (await two).sampled and (await three).sampled
+    await device.drain()
+
+
 @pytest.mark.parametrize("exchanges", [False, True])
 async def test_every_single_wait_of_the_launcher_is_needed(
     monkeypatch: pytest.MonkeyPatch, exchanges: bool
