@@ -464,6 +464,7 @@ AnyMessage = (
     | SwappedOut
     | SetStreamedLimit
     | RunIteration
+    | SampleIteration
     | StageIteration
     | SwapIn
     | SwapOut

@@ -105,6 +105,7 @@ BY_NAME = {
     "prompt_logprobs": PARTS[PromptLogprobs],
     "advances": PARTS[Advance],
     "is_staged": st.booleans(),
+    "awaits_masks": st.booleans(),
     "is_all": st.booleans(),
     "is_read": st.booleans(),
     "longest": st.none() | INTS,

@@ -62,6 +62,8 @@ from pie_async.runtime.mailbox import Mailbox
 
 NO_ITERATION = IterationId(0)
 """Set in facts that no iteration caused."""
+MOST_NEWS = 32
+"""Facts that delivery is not told before a plan: its mailbox is bounded."""
 LIMITS_KEPT = 12
 """Of the governor's decisions, for whoever looks."""
 
@@ -137,8 +139,10 @@ class SchedulerActor(Actor[SchedulerMail]):
         if self._unsampled is not None:
             self._sample(self._unsampled)
         # Everything that has arrived takes part in one plan.
-        if not len(self.mailbox) and not self._awaited:
+        is_time = not len(self.mailbox) and not self._awaited
+        if is_time:
             self._plan()
+        if is_time or len(self._news) >= MOST_NEWS:
             self._send_news()
 
     def _take_in(self, mail: SchedulerMail) -> None:

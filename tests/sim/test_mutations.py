@@ -253,7 +253,7 @@ def test_both_notice_what_the_host_acted_on_without_having_heard_it():
             assert (replay(trace, without) is not None) == is_noticed, f"{site}: {without}"
             if is_noticed:
                 noticed.add((site.stream, site.lines[0][0]))
-    assert noticed == {("compute", "_finish"), ("d2h", "issue"), ("h2d", "issue")}
+    assert noticed == {("compute", "sample"), ("d2h", "issue"), ("h2d", "issue")}
 
 
 def retire_at_once(pool_name: str) -> AbstractContextManager[object]:
