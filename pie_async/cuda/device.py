@@ -8,11 +8,9 @@ can be read side by side.
 from __future__ import annotations
 
 import asyncio
-import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
-from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -32,12 +30,12 @@ from pie_async.device.protocol import Event, MemoryPlan, Pass, Span
 from pie_async.errors import DeviceFault
 from pie_async.messages import BlockMove, CopyRun, PromptLogprobs, RunIteration, SampledToken
 from pie_async.runtime.faults import CopyKind
+from pie_async.runtime.launch_thread import LaunchThread, Work
 
 if TYPE_CHECKING:
     from pie_async.cuda.driver import Copies, Driver
     from pie_async.model.lanes import Results
 
-Work = Callable[[], None]
 LayOut = Callable[[DeviceArena, range, Pieces], "Copies"]
 
 
@@ -155,8 +153,7 @@ class CudaDevice:
         self.tamper: Tamper | None = None
         self._runner: Runner | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._issues: SimpleQueue[Work | None] = SimpleQueue()
-        self._launcher = threading.Thread(target=self._launch, name="pie-launch", daemon=True)
+        self._launching = LaunchThread(enter=driver.enter_thread)
 
     def load(self, runner: Runner) -> None:
         """The model that passes run; before `start`. Its parameters are filled."""
@@ -169,15 +166,10 @@ class CudaDevice:
         self._loop = loop
         for waiter in self._waiters.values():
             waiter.start(loop)
-        self._launcher.start()
+        self._launching.start()
 
     def launch(self, issue: Work) -> None:
-        self._issues.put(issue)
-
-    def _launch(self) -> None:
-        self._driver.enter_thread()
-        while (issue := self._issues.get()) is not None:
-            issue()
+        self._launching.launch(issue)
 
     # --- compute ----------------------------------------------------------------------------
 
@@ -317,9 +309,7 @@ class CudaDevice:
             await idle
 
     def close(self) -> None:
-        self._issues.put(None)
-        if self._launcher.is_alive():
-            self._launcher.join()
+        self._launching.close()
         for waiter in self._waiters.values():
             waiter.close()
         # A context that is lost refuses to free what is lost with it.

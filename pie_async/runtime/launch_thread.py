@@ -1,0 +1,44 @@
+"""A thread that issues work to a device, in order, beside the event loop."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from queue import SimpleQueue
+
+Work = Callable[[], None]
+
+
+class LaunchThread:
+    """Runs what it is handed, one after the other; never waits for the device."""
+
+    def __init__(self, *, enter: Callable[[], None]) -> None:
+        """`enter`: what the thread does first."""
+        self._enter = enter
+        self._works: SimpleQueue[Work | None] = SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="pie-launch", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def launch(self, work: Work) -> None:
+        """Hand over; called on the loop.
+
+        The thread begins at once: the interpreter is let go of for that. Otherwise it would begin
+        when the loop next waits, after readers have been told of a hundred tokens, with the device
+        idle meanwhile (`scripts/bench_launch.py`).
+        """
+        self._works.put(work)
+        time.sleep(0)
+
+    def close(self) -> None:
+        """Return when all that was handed over is done; what is handed over later is not."""
+        self._works.put(None)
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def _run(self) -> None:
+        self._enter()
+        while (work := self._works.get()) is not None:
+            work()
