@@ -210,7 +210,7 @@ class Supervision:
 
     async def _load(self, progress: Progress) -> EngineProcess:
         plan = self._plan if self._plan and self.restarts < self._plan.lives else None
-        process = await EngineProcess.spawn(self._config, plan)
+        process = await self._spawn(plan)
         alarm = asyncio.create_task(process.kill_when_silent(self._policy.silence_s))
         try:
             while not isinstance(message := await process.receive(), Ready):
@@ -219,8 +219,7 @@ class Supervision:
                 if isinstance(message, Loading):
                     progress(message.done, message.total)
         except BaseException:
-            process.kill("nobody waits for it")
-            await asyncio.shield(process.buried())
+            await _give_up(process)
             raise
         finally:
             alarm.cancel()
@@ -230,6 +229,17 @@ class Supervision:
             raise process.refusal() or EngineStopped(why)
         self._model = message.model
         return process
+
+    async def _spawn(self, plan: FaultPlan | None) -> EngineProcess:
+        """A new process; if this is cancelled meanwhile, none stays behind."""
+        spawning = asyncio.create_task(EngineProcess.spawn(self._config, plan))
+        try:
+            return await asyncio.shield(spawning)
+        except asyncio.CancelledError:
+            await asyncio.wait([spawning])  # one that is half started cannot be ended
+            if not spawning.cancelled() and spawning.exception() is None:
+                await _give_up(spawning.result())
+            raise
 
     async def _resume(self, process: EngineProcess) -> None:
         longest = self.model.max_model_len
@@ -265,3 +275,8 @@ class Supervision:
                 pass  # `Failed` speaks when the process is buried
         if not has_next:
             self._journal.tell()
+
+
+async def _give_up(process: EngineProcess) -> None:
+    process.kill("nobody waits for it")
+    await asyncio.shield(process.buried())

@@ -254,6 +254,29 @@ async def test_closing_cancels_what_runs_and_a_restart_under_way():
     assert outputs[-1].outputs[0].finish_reason == "abort"
 
 
+@pytest.mark.parametrize("after_turns", [0, 1, 2, 3, 5, 8])
+async def test_closing_leaves_no_process_that_was_just_being_started(monkeypatch, after_turns: int):
+    """A process that is not waited for stays behind, and so does its transport."""
+    born: list[asyncio.subprocess.Process] = []
+    create = asyncio.create_subprocess_exec
+
+    async def note(*args, **options) -> asyncio.subprocess.Process:
+        born.append(await create(*args, **options))
+        return born[-1]
+
+    engine = ResilientEngine(CONFIG, policy=POLICY)
+    monkeypatch.setattr(asyncio, "create_subprocess_exec", note)
+    starting = asyncio.create_task(engine.start())
+    for _ in range(after_turns + 1):
+        await asyncio.sleep(0)
+    starting.cancel()
+    await asyncio.wait([starting])
+    await engine.aclose()
+    assert len(born) == 1
+    assert born[0].returncode is not None
+    assert not is_alive(born[0].pid)
+
+
 async def test_the_engines_process_ends_with_the_front():
     code = (
         "import asyncio, os, signal\n"
