@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -14,7 +15,9 @@ from pie_async.runtime.faults import Faults
 from pie_async.runtime.report import Sections, write_report
 from pie_async.runtime.watchdog import STUCK, Turns, Watchdog, Watched
 from pie_async.story import Story
-from pie_async.wiring import Actors
+
+if TYPE_CHECKING:
+    from pie_async.wiring import Actors
 
 TOLD = 200
 """Messages of the story that a report tells."""

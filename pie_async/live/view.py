@@ -8,17 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import islice
+from typing import TYPE_CHECKING
 
 import msgspec
 
-from pie_async.core.layout import KvLayout
-from pie_async.core.residency import Block
-from pie_async.core.schedule import Schedule
-from pie_async.core.sequence import Sequence
-from pie_async.core.slots import SlotPool
 from pie_async.ids import SequenceId
 from pie_async.live.timeline import LimitChange, Span
 from pie_async.metrics import EngineStats
+
+if TYPE_CHECKING:  # a server's front has no schedule, and numpy takes it a fifth of a second
+    from pie_async.core.layout import KvLayout
+    from pie_async.core.residency import Block
+    from pie_async.core.schedule import Schedule
+    from pie_async.core.sequence import Sequence
+    from pie_async.core.slots import SlotPool
 
 CELLS = 96
 """Most cells into which a row of slots is divided."""

@@ -34,7 +34,6 @@ from pie_async.resilience.replay import engine_params
 from pie_async.resilience.supervision import Supervision
 from pie_async.runtime.faults import FaultPlan
 from pie_async.sampling_params import SamplingParams
-from pie_async.wiring import arm
 
 if TYPE_CHECKING:
     from pie_async.model.guides import GuideCompiler
@@ -82,6 +81,8 @@ class ResilientEngine:
             changed=self._reading_changed,
         )
         if faults is not None:
+            from pie_async.wiring import arm  # actors and numpy, which no other front needs
+
             arm(faults)  # refused here, not by a process that would start again and again
         self._supervision = Supervision(
             config, policy, self._journal, faults, on_news=self._readers.note
