@@ -231,11 +231,11 @@ async def cost_of_stream(streams: int, tokens: int, rounds: int) -> list[float]:
 # --- many streams --------------------------------------------------------------------------------
 
 
-def pace() -> None:
-    """From now on every simulated iteration of this process takes `ITERATION_S`."""
+def pace(iteration_s: float = ITERATION_S) -> None:
+    """From now on every simulated iteration of this process takes so long."""
     from pie_async.device.cost_model import CostModel
 
-    CostModel.layer_s = lambda self, work, staged_bytes=0: ITERATION_S / self.shape.num_layers  # type: ignore[method-assign]
+    CostModel.layer_s = lambda self, work, staged_bytes=0: iteration_s / self.shape.num_layers  # type: ignore[method-assign]
     CostModel.head_s = lambda self, work: 0.0  # type: ignore[method-assign]
 
 

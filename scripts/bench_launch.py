@@ -23,11 +23,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from pie_async import Engine, SamplingParams
 from pie_async.actors.scheduler import SchedulerActor
 from pie_async.config import GIB
-from pie_async.device.cost_model import CostModel
 from pie_async.device.sim import SimDevice
 from pie_async.measurements import percentile
 from pie_async.runtime.heap import settle as settle_heap
 from pie_async.runtime.launch_thread import LaunchThread
+from scripts.bench_http import pace
 
 TOKENS = 400
 """Of each row; the first quarter is not counted."""
@@ -36,7 +36,7 @@ TOKENS = 400
 class Delays:
     """Puts a launch thread before every simulated device of this process; notes when it runs."""
 
-    def __init__(self, *, iteration_s: float, launch_s: float) -> None:
+    def __init__(self, *, launch_s: float) -> None:
         self.began: list[float] = []
         self.issued: list[float] = []
         self._launch_s = launch_s
@@ -56,8 +56,6 @@ class Delays:
 
         SchedulerActor._settle = hear  # type: ignore[method-assign, assignment]
         SimDevice.launch = hand_over  # type: ignore[method-assign]
-        CostModel.layer_s = lambda model, *_: iteration_s / model.shape.num_layers  # type: ignore[method-assign, misc]
-        CostModel.head_s = lambda *_: 0.0  # type: ignore[method-assign, misc]
 
     def _issue(self, heard_s: float, issue: Callable[[], None]) -> None:
         began_s = time.perf_counter()
@@ -71,7 +69,8 @@ class Delays:
 
 
 async def measure(rows: int, iteration_s: float, launch_s: float) -> Delays:
-    delays = Delays(iteration_s=iteration_s, launch_s=launch_s)
+    pace(iteration_s)
+    delays = Delays(launch_s=launch_s)
     params = SamplingParams(max_tokens=TOKENS, output_kind="delta", ignore_eos=True)
 
     async def read(number: int) -> None:

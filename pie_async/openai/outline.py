@@ -18,7 +18,7 @@ import msgspec
 from pie_async.config import KIB
 from pie_async.errors import InvalidRequest
 from pie_async.openai.conversation import MAX_MESSAGES
-from pie_async.openai.prompts import MAX_TOKEN_IDS
+from pie_async.openai.prompts import MAX_TOKEN_IDS, least_strings
 from pie_async.openai.structure import MAX_SCHEMA_BYTES
 from pie_async.openai.tools import MAX_TOOLS_BYTES
 from pie_async.sampling_params import (
@@ -136,8 +136,7 @@ class Outline:
 def _check_strings(body: bytes) -> None:
     if len(body) <= 2 * _MOST_STRINGS:
         return
-    # As `read_prompts` counts them: those that end with a backslash are missed, none is added.
-    strings = (body.count(b'"') - body.count(b'\\"')) // 2
+    strings = least_strings(body)
     if strings > _MOST_STRINGS:
         raise InvalidRequest(
             f"the body has {strings} names and texts; at most {_MOST_STRINGS} are read"

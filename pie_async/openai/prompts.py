@@ -48,8 +48,7 @@ def read_prompts(raw: msgspec.Raw, *, n: int) -> list[str] | list[list[int]]:
         if first[1] == b"]":
             raise _empty_list()
         if first[1] == b'"':
-            # Quotes but escaped ones: two for a string, or one where it ends with a backslash.
-            _check_choices((text.count(b'"') - text.count(b'\\"')) // 2, n)
+            _check_choices(least_strings(text), n)
             texts = _TEXTS.decode(text)
             _check_choices(len(texts), n)
             return texts
@@ -63,6 +62,12 @@ def read_prompts(raw: msgspec.Raw, *, n: int) -> list[str] | list[list[int]]:
     if not all(token_lists):
         raise _empty_list()
     return token_lists
+
+
+def least_strings(text: bytes) -> int:
+    """How many strings JSON has at least, without reading it: by its quotes but escaped ones, two
+    for a string, or one where it ends with a backslash."""
+    return (text.count(b'"') - text.count(b'\\"')) // 2
 
 
 def _empty_list() -> InvalidRequest:

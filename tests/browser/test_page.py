@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -112,11 +112,15 @@ def open_page(browser, server):
 
 def until(page, expression: str) -> None:
     """Wait for it. Playwright's own way evaluates in the page, whose policy forbids that."""
+    look_until(page, lambda: page.evaluate(expression), f"never true: {expression}")
+
+
+def look_until(page, is_so: Callable[[], bool], complaint: str) -> None:
     for _ in range(MOST_LOOKS):
-        if page.evaluate(expression):
+        if is_so():
             return
         page.wait_for_timeout(50)
-    pytest.fail(f"never true: {expression}")
+    pytest.fail(complaint)
 
 
 def pixels(page, canvas: str, colour: str) -> int:
@@ -140,11 +144,7 @@ def pixels(page, canvas: str, colour: str) -> int:
 
 def until_painted(page, canvas: str, colour: str) -> None:
     """Wait until a canvas shows a colour: what is streamed, say, changes from moment to moment."""
-    for _ in range(MOST_LOOKS):
-        if pixels(page, canvas, colour) > 20:
-            return
-        page.wait_for_timeout(50)
-    pytest.fail(f"{canvas} never shows {colour}")
+    look_until(page, lambda: pixels(page, canvas, colour) > 20, f"{canvas} never shows {colour}")
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

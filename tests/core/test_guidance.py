@@ -211,17 +211,22 @@ def test_without_a_free_slot_no_row_is_late():
     assert rows(bench.plan()) == {1: (1, True)}
 
 
-def test_slow_guided_sequences_alone_stay_together():
-    """Two iterations in flight of one half each would take twice as long as one of both."""
-    bench = Bench()
+def one_ahead(bench: Bench, *, made_s: float = MOST_PATIENCE_S) -> None:
+    """Two guided sequences; the mask of one is made when the other is in flight already."""
     bench.submit(1, guided=True)
     bench.submit(2, guided=True)
     bench.plan()
     bench.settle()
     first, second = bench.orders()
-    bench.make(first, made_s=SLOW_S)
+    bench.make(first, made_s=made_s)
     assert rows(bench.plan()) == {1: (1, True)}
-    bench.make(second, made_s=SLOW_S)
+    bench.make(second, made_s=made_s)
+
+
+def test_slow_guided_sequences_alone_stay_together():
+    """Two iterations in flight of one half each would take twice as long as one of both."""
+    bench = Bench()
+    one_ahead(bench, made_s=SLOW_S)
     assert not bench.plan().rows, "it waits for the one in flight"
     bench.settle()
     (order,) = bench.orders()
@@ -231,14 +236,7 @@ def test_slow_guided_sequences_alone_stay_together():
 
 def test_quick_guided_sequences_alone_catch_up_with_the_one_in_flight():
     bench = Bench()
-    bench.submit(1, guided=True)
-    bench.submit(2, guided=True)
-    bench.plan()
-    bench.settle()
-    first, second = bench.orders()
-    bench.make(first)
-    assert rows(bench.plan()) == {1: (1, True)}
-    bench.make(second)
+    one_ahead(bench)
     assert rows(bench.plan()) == {1: (1, True), 2: (1, True)}
 
 
