@@ -196,8 +196,10 @@ class CudaDevice:
     def sample(self, forward: Pass) -> None:
         self._compute(lambda: self._model.sample(_model_pass(forward)))
         if self._model.wants_graphs:
-            # Once this iteration's last event is recorded: its time is to be its own.
-            self.launch(lambda: self._compute(self._model.capture_wanted))
+            # Once this iteration's last event is recorded: its time is to be its own. And before
+            # the next one is begun, whose numbers lie where capturing puts its own until it has
+            # been sampled.
+            self._launching.follow(lambda: self._compute(self._model.capture_wanted))
 
     def _compute(self, work: Work) -> None:
         """Issue torch operations to the compute stream."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from queue import SimpleQueue
 
@@ -17,6 +18,7 @@ class LaunchThread:
         """`enter`: what the thread does first."""
         self._enter = enter
         self._works: SimpleQueue[Work | None] = SimpleQueue()
+        self._next: deque[Work] = deque()  # launch thread only
         self._thread = threading.Thread(target=self._run, name="pie-launch", daemon=True)
 
     def start(self) -> None:
@@ -32,6 +34,11 @@ class LaunchThread:
         self._works.put(work)
         time.sleep(0)
 
+    def follow(self, work: Work) -> None:
+        """Do this right after the work that is being done, before all that was handed over; called
+        by that work."""
+        self._next.append(work)
+
     def close(self) -> None:
         """Return when all that was handed over is done; what is handed over later is not."""
         self._works.put(None)
@@ -42,3 +49,5 @@ class LaunchThread:
         self._enter()
         while (work := self._works.get()) is not None:
             work()
+            while self._next:
+                self._next.popleft()()

@@ -50,7 +50,12 @@ def options(device_blocks: int = 400, host_blocks: int = 400, **more) -> dict:
     }
 
 
-def generate(device: str, params: SamplingParams = GREEDY, prompts=PROMPTS, **how):
+def generate(
+    device: str,
+    params: SamplingParams | list[SamplingParams] = GREEDY,
+    prompts: list[list[int]] = PROMPTS,
+    **how,
+):
     """Each prompt's output, and the engine's stats."""
     with LLM(device=device, **options(**how)) as llm:
         outputs = llm.generate(prompts, params, progress=False)
@@ -165,6 +170,25 @@ def test_guided_tokens_are_those_of_the_cpu(driver, more: dict) -> None:
     params = SamplingParams(structured_outputs=guide, max_tokens=20, **more)
     expected, _ = generate("cpu", params, PROMPTS[:3], cpu_threads=1)
     found, _ = generate("cuda", params, PROMPTS[:3])
+    assert tokens(found) == tokens(expected)
+
+
+def test_guided_tokens_are_right_while_graphs_are_captured(driver) -> None:
+    """As sequences end, iterations have sizes that nothing was captured for."""
+    guide = StructuredOutputs(regex="([A-Z][a-z]{3,8} ){40}[.]")
+    prompts = [prompt(number, 20 + number) for number in range(32)]
+    params = [
+        SamplingParams(
+            structured_outputs=guide if number % 2 else None,
+            temperature=0.8,
+            seed=number,
+            max_tokens=6 + number,
+            ignore_eos=True,
+        )
+        for number in range(32)
+    ]
+    expected, _ = generate("cpu", params, prompts, cpu_threads=1)
+    found, _ = generate("cuda", params, prompts)
     assert tokens(found) == tokens(expected)
 
 

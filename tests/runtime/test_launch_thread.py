@@ -21,6 +21,22 @@ def test_work_is_done_in_order_and_to_the_end_in_a_thread_that_was_entered() -> 
     assert done == ["pie-launch", 1, 2, 3]
 
 
+def test_what_follows_comes_before_what_was_handed_over() -> None:
+    done: list[int] = []
+    thread = LaunchThread(enter=lambda: None)
+
+    def first() -> None:
+        thread.follow(lambda: done.append(2))
+        thread.follow(lambda: done.append(3))
+        done.append(1)
+
+    for work in (first, lambda: done.append(4)):
+        thread.launch(work)
+    thread.start()
+    thread.close()
+    assert done == [1, 2, 3, 4]
+
+
 def test_one_that_never_started_is_closed() -> None:
     LaunchThread(enter=lambda: None).close()
 
