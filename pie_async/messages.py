@@ -222,6 +222,8 @@ class IterationRan(Message, frozen=True, kw_only=True):
     """Time the compute stream worked."""
     stall_s: float
     """Time the compute stream waited for staged blocks."""
+    mask_wait_s: float = 0.0
+    """Time it stood still behind the layers: a guided sequence's mask was not made yet."""
     unstaged: tuple[HostSlot, ...] = ()
     """Host slots whose blocks were not staged right: rows that read them computed nothing."""
 

@@ -83,6 +83,8 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     compute_s: float = 0.0
     stall_s: float = 0.0
     """Compute waiting for staged blocks."""
+    mask_wait_s: float = 0.0
+    """Compute standing still until masks of guided sequences were made."""
     decode_iterations: int = 0
     """Iterations without prompts, once their staging was over as well; with the times below."""
     decode_compute_s: float = 0.0

@@ -3,7 +3,8 @@
     python scripts/bench_guides.py [--device sim] [--sequences 64] [--tokens 256] [--rounds 1]
 
 On the simulated device time is virtual: masks take 50 us each, the host's own work nothing. On the
-others it is real. Rounds take turns; their medians are reported.
+others it is real. Rounds take turns; their medians are reported, and what part of the time compute
+stood still because masks were not made.
 """
 
 from __future__ import annotations
@@ -74,20 +75,35 @@ async def neighbours(engine: Engine, *, share: float, sequences: int, tokens: in
     return [Gaps.of(each) if each else Gaps(0.0, 0.0) for each in gaps_s.values()]
 
 
+class Seen(NamedTuple):
+    """Of one share of guided sequences."""
+
+    others: Gaps
+    guided: Gaps
+    mask_wait_share: float
+    """Of the time, 0 to 1."""
+
+    @classmethod
+    def median(cls, rounds: list[Seen]) -> Seen:
+        others, guided, shares = zip(*rounds, strict=True)
+        return cls(_median(others), _median(guided), statistics.median(shares))
+
+
 async def measure(
     *, sequences: int, tokens: int, rounds: int = 1, **options: Any
-) -> dict[float, list[Gaps]]:
-    """By share of guided sequences, as `neighbours` has it; medians over the rounds."""
-    found: dict[float, list[list[Gaps]]] = {share: [] for share in SHARES}
+) -> dict[float, Seen]:
+    """By share of guided sequences; medians over the rounds."""
+    found: dict[float, list[Seen]] = {share: [] for share in SHARES}
     async with Engine(max_running_sequences=sequences, **options) as engine:
         await neighbours(engine, share=0.5, sequences=sequences, tokens=WARM_TOKENS + 2)
         for _ in range(rounds):
-            for share, each in found.items():
-                each.append(
-                    await neighbours(engine, share=share, sequences=sequences, tokens=tokens)
-                )
-    return {share: [_median(kind) for kind in zip(*each, strict=True)]
-            for share, each in found.items()}  # fmt: skip
+            for share, rows in found.items():
+                before = engine.stats()
+                gaps = await neighbours(engine, share=share, sequences=sequences, tokens=tokens)
+                after = engine.stats()
+                waited_s = after.mask_wait_s - before.mask_wait_s
+                rows.append(Seen(*gaps, waited_s / (after.uptime_s - before.uptime_s)))
+    return {share: Seen.median(rows) for share, rows in found.items()}
 
 
 def _median(rounds: tuple[Gaps, ...]) -> Gaps:
@@ -108,10 +124,12 @@ def main() -> None:
         options["model"] = given.model
     run = measure(sequences=given.sequences, tokens=given.tokens, rounds=given.rounds, **options)
     found = run_in_virtual_time(run) if given.device == "sim" else asyncio.run(run)
-    print("guided  neighbours, ms: median, p99   guided ones: median, p99")
-    for share, kinds in found.items():
-        told = "".join(f"{gaps.median_ms:17.2f} {gaps.p99_ms:9.2f}" for gaps in kinds)
-        print(f"{share:6.0%}{told}")
+    print("guided  neighbours, ms: median, p99   guided ones: median, p99   waited for masks")
+    for share, seen in found.items():
+        told = "".join(
+            f"{gaps.median_ms:17.2f} {gaps.p99_ms:9.2f}" for gaps in (seen.others, seen.guided)
+        )
+        print(f"{share:6.0%}{told}{seen.mask_wait_share:19.1%}")
 
 
 if __name__ == "__main__":

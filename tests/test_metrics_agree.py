@@ -20,6 +20,7 @@ pytestmark = pytest.mark.realtime  # the command starts a loop of its own
 COUNTERS = {
     "compute_s": ("pie:compute_seconds_total", {}),
     "stall_s": ("pie:stall_seconds_total", {}),
+    "mask_wait_s": ("pie:mask_wait_seconds_total", {}),
     "demotions": ("pie:demotions_total", {}),
     "promotions": ("pie:promotions_total", {}),
     "iterations": ("pie:iterations_total", {}),

@@ -66,6 +66,7 @@ class ComputeActor(Actor[ComputeMail]):
                 prompt_logprobs=result.prompt_logprobs,
                 compute_s=result.compute_s,
                 stall_s=result.stall_s,
+                mask_wait_s=result.mask_wait_s,
                 unstaged=result.unstaged,
             )
         )

@@ -335,13 +335,18 @@ class SchedulerActor(Actor[SchedulerMail]):
 
     def _settle(self, ran: IterationRan) -> None:
         self._progress_s = self._now_s()
-        self._took_s = ran.compute_s + ran.stall_s
+        self._took_s = ran.compute_s + ran.stall_s + ran.mask_wait_s
         launched, advances = self._schedule.settle(ran.iteration, ran.sampled, ran.unstaged)
         self._tell(advances, ran.iteration, ran.prompt_logprobs)
         if self._schedule.guidance.num_guided:
             self._schedule.guidance.iteration_took(ran.compute_s)
             self._await_masks()
-        self._add(iterations=1, compute_s=ran.compute_s, stall_s=ran.stall_s)
+        self._add(
+            iterations=1,
+            compute_s=ran.compute_s,
+            stall_s=ran.stall_s,
+            mask_wait_s=ran.mask_wait_s,
+        )
         if launched.is_staged and ran.iteration not in self._staged:
             self._awaiting_staging[ran.iteration] = (launched, ran)
         else:

@@ -197,6 +197,10 @@ def _counters(stats: EngineStats) -> dict[str, tuple[str, float]]:
         "sequences_lost": ("Sequences that a copy's failures ended", stats.sequences_lost),
         "compute_seconds": ("Time the compute stream worked, in seconds", stats.compute_s),
         "stall_seconds": ("Time compute waited for staged blocks, in seconds", stats.stall_s),
+        "mask_wait_seconds": (
+            "Time compute stood still until masks of guided sequences were made, in seconds",
+            stats.mask_wait_s,
+        ),
     }
 
 

@@ -162,6 +162,7 @@ class PoolSummary(msgspec.Struct, frozen=True, kw_only=True):
     compute_s: float
     stall_s: float
     stall_share: float
+    mask_wait_s: float = 0.0
     preemptions_parked: int
     preemptions_recomputed: int
     demotions: int
@@ -230,6 +231,7 @@ class PoolWatch:
             compute_s=compute_s,
             stall_s=stall_s,
             stall_share=stall_s / (compute_s + stall_s) if compute_s + stall_s > 0 else 0.0,
+            mask_wait_s=last.mask_wait_s - first.mask_wait_s,
             preemptions_parked=last.preemptions_parked - first.preemptions_parked,
             preemptions_recomputed=last.preemptions_recomputed - first.preemptions_recomputed,
             demotions=last.demotions - first.demotions,

@@ -130,6 +130,8 @@ def _pool(pool: PoolSummary, link: LinkUse | None) -> Table:
     table.add_row("running sequences, peak", f"{pool.running_peak}")
     table.add_row("stall", f"{pool.stall_s:.3f} s")
     table.add_row("stall share", f"{pool.stall_share:.2%}")
+    if pool.mask_wait_s:
+        table.add_row("waited for masks", f"{pool.mask_wait_s:.3f} s")
     table.add_row(
         "preemptions", f"{pool.preemptions_parked} parked, {pool.preemptions_recomputed} recomputed"
     )

@@ -287,8 +287,9 @@ class CudaDevice:
 
     def span(self, first: Event, last: Event) -> Span:
         assert isinstance(first, CudaEvent) and isinstance(last, CudaEvent)
+        busy_s, waited_s = last.busy_s - first.busy_s, last.waited_s - first.waited_s
         attempts = first.stream.attempts.between(first.attempts, last.attempts)
-        return Span(last.busy_s - first.busy_s, last.waited_s - first.waited_s, *attempts)
+        return Span(busy_s, waited_s, *attempts, elapsed_s=busy_s + waited_s)
 
     def watch_pool(self, grown: Callable[[int, str | None], None]) -> None:
         loop = self._loop

@@ -50,6 +50,7 @@ class CpuEvent:
         "_gate",
         "_listeners",
         "_lock",
+        "at_s",
         "attempts",
         "busy_s",
         "fault",
@@ -62,6 +63,7 @@ class CpuEvent:
         self.stream = stream
         self.busy_s = 0.0
         self.waited_s = 0.0
+        self.at_s = 0.0
         self.attempts: Mark = (0, 0)
         self.fault: BaseException | None = None
         self.has_fired = False
@@ -74,6 +76,7 @@ class CpuEvent:
 
     def fire(self, *, busy_s: float, waited_s: float, fault: BaseException | None) -> None:
         self.busy_s, self.waited_s, self.fault = busy_s, waited_s, fault
+        self.at_s = time.perf_counter()
         self.attempts = self.stream.attempts.mark()
         with self._lock:
             self.has_fired = True
@@ -350,8 +353,9 @@ class CpuDevice:
 
     def span(self, first: Event, last: Event) -> Span:
         assert isinstance(first, CpuEvent) and isinstance(last, CpuEvent)
+        busy_s, waited_s = last.busy_s - first.busy_s, last.waited_s - first.waited_s
         attempts = first.stream.attempts.between(first.attempts, last.attempts)
-        return Span(last.busy_s - first.busy_s, last.waited_s - first.waited_s, *attempts)
+        return Span(busy_s, waited_s, *attempts, elapsed_s=last.at_s - first.at_s)
 
     def watch_pool(self, grown: Callable[[int, str | None], None]) -> None:
         """All of the pool is there from the start."""

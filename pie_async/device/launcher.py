@@ -20,6 +20,7 @@ import asyncio
 from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import pairwise
 from typing import Any, TypeVar
 
 from pie_async.device.protocol import CopyResult, Device, Event, Pass, PassResult, Stream
@@ -210,16 +211,19 @@ class Launcher:
         Args:
             staging: the events around the iteration's copies, which have fired before its last.
         """
+        compute = self._device.compute
 
-        def sample() -> None:
+        def sample(*before: tuple[Event, Event], resumed: Event) -> None:
             self._device.sample(forward)
-            done = self._device.compute.record()
-            self._announce(done, ran, lambda: self._pass_result(began, done, forward, staging))
+            done = compute.record()
+            parts = (*before, (resumed, done))
+            self._announce(done, ran, lambda: self._pass_result(parts, forward, staging))
 
         if command.awaits_masks:
-            self._sampling = sample
+            layers = began, compute.record()
+            self._sampling = lambda: sample(layers, resumed=compute.record())
         else:
-            sample()
+            sample(resumed=began)
 
     def _issue_sampling(self) -> None:
         sample, self._sampling = self._sampling, None
@@ -254,14 +258,22 @@ class Launcher:
         self._device.notify(event, settle)
 
     def _pass_result(
-        self, began: Event, done: Event, forward: Pass, staging: tuple[Event, Event] | None
+        self,
+        parts: Sequence[tuple[Event, Event]],
+        forward: Pass,
+        staging: tuple[Event, Event] | None,
     ) -> PassResult:
-        span = self._device.span(began, done)
+        """Args:
+        parts: the events around each part of the iteration; masks were waited for in between.
+        """
+        spans = [self._device.span(*part) for part in parts]
+        waits = [self._device.span(end, start) for (_, end), (start, _) in pairwise(parts)]
         return PassResult(
             sampled=forward.sampled,
             prompt_logprobs=forward.prompt_logprobs,
-            compute_s=span.busy_s,
-            stall_s=span.waited_s,
+            compute_s=sum(span.busy_s for span in spans),
+            stall_s=sum(span.waited_s for span in spans),
+            mask_wait_s=sum(wait.elapsed_s for wait in waits),
             unstaged=self._device.span(*staging).damaged if staging else (),
         )
 

@@ -70,6 +70,8 @@ class Span(msgspec.Struct, frozen=True):
     """Attempts to copy that went wrong; all but the last of a copy were made again."""
     damaged: tuple[HostSlot, ...] = ()
     """Host slots whose copies, from or to them, went wrong for good."""
+    elapsed_s: float = 0.0
+    """From the one to the other, idle or not."""
 
 
 class Event(Protocol):
@@ -184,6 +186,7 @@ class PassResult(msgspec.Struct, frozen=True, kw_only=True):
     prompt_logprobs: tuple[PromptLogprobs, ...]
     compute_s: float
     stall_s: float
+    mask_wait_s: float = 0.0
     unstaged: tuple[HostSlot, ...] = ()
     """Blocks that were not staged right: what rows that read them computed is worthless."""
 

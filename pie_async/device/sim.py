@@ -264,8 +264,9 @@ class SimDevice:
         assert isinstance(last, SimEvent)
         if first.stream is not last.stream:
             raise DeviceFault(f"there is no span from {first!r} to {last!r}: two streams")
+        busy_s, waited_s = last.busy_s - first.busy_s, last.waited_s - first.waited_s
         attempts = first.stream.attempts.between(first.attempts, last.attempts)
-        return Span(last.busy_s - first.busy_s, last.waited_s - first.waited_s, *attempts)
+        return Span(busy_s, waited_s, *attempts, elapsed_s=last.at_s - first.at_s)
 
     def fail(self, stream: SimStream, failure: BaseException) -> None:
         """From now on this stream's events fail, and those of streams that wait for them."""

@@ -141,7 +141,8 @@ def device_spans(entries: Iterable[Entry]) -> Iterator[Span]:
                 issued[message.iteration] = message
             case IterationRan():
                 command = issued.pop(message.iteration, None)
-                start_s, _ = between("compute", end_s, message.compute_s + message.stall_s)
+                took_s = message.compute_s + message.stall_s + message.mask_wait_s
+                start_s, _ = between("compute", end_s, took_s)
                 yield Span(
                     track="compute",
                     start_s=start_s,

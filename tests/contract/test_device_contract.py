@@ -6,6 +6,7 @@ import asyncio
 import threading
 from dataclasses import replace
 
+import msgspec
 import pytest
 from support.cpu_rig import cpu_rig
 from support.cuda_rig import cuda_rig, fake_cuda_rig
@@ -21,6 +22,7 @@ from support.device_scripts import (
 )
 
 from pie_async.device.faulty import FaultyDevice
+from pie_async.device.launcher import Launcher
 from pie_async.device.protocol import Device, Event, Pass
 from pie_async.errors import DeviceFault
 from pie_async.messages import CopyRun, SampledToken, TableUpdate
@@ -138,6 +140,21 @@ class DeviceContract:
         await device.drain()
         await asyncio.sleep(0)
         assert order == ["copied", "computed"]
+
+    async def test_while_masks_are_waited_for_nothing_is_computed(self, device: Device):
+        await ran(device, prefill(0, PROMPT, (0, 1, 2)))  # whatever had to be compiled
+        launcher = Launcher(device, asyncio.get_running_loop())
+        command = msgspec.structs.replace(prefill(1, OTHER, (3, 4, 5), lane=1), awaits_masks=True)
+        waiting = launcher.run(command)
+        await asyncio.sleep(0.2)
+        assert not waiting.done()
+        launcher.sample(command.iteration)
+        result = await waiting
+        assert len(result.sampled) == 1
+        assert result.compute_s < 0.1 < result.mask_wait_s
+        assert result.stall_s == 0
+        at_once = await launcher.run(msgspec.structs.replace(command, awaits_masks=False))
+        assert at_once.mask_wait_s == 0
 
     async def test_promote_brings_back_what_demote_took(self, rig: Rig):
         device = rig.device
