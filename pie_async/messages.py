@@ -163,7 +163,7 @@ class MaskMade(msgspec.Struct, frozen=True, array_like=True, gc=False):
     sequence: SequenceId
     slot: MaskSlot
     made_s: float
-    """How long it took."""
+    """How long it took; of several made together their mean, unless that was suspiciously long."""
     is_ended: bool = False
     """The output is complete and nothing may follow: there is no mask."""
     refusal: str | None = None

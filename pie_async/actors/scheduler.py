@@ -339,7 +339,7 @@ class SchedulerActor(Actor[SchedulerMail]):
         launched, advances = self._schedule.settle(ran.iteration, ran.sampled, ran.unstaged)
         self._tell(advances, ran.iteration, ran.prompt_logprobs)
         if self._schedule.guidance.num_guided:
-            self._schedule.guidance.iteration_took(ran.compute_s)
+            self._schedule.guidance.iteration_took(ran.compute_s, ran.mask_wait_s)
             self._await_masks()
         self._add(
             iterations=1,

@@ -4,7 +4,8 @@ A guided sequence samples under a mask that depends on all its output. Where mas
 it is launched without: while the device computes the layers, the token before becomes known and
 the mask is made, and only then sampling is issued, for the whole iteration. The sequences of slow
 guides have one token in flight at most, and are left out of iterations until their next masks are
-ready; the others go on.
+ready; the others go on. So it is with all guides while the device waits too long for late masks,
+and others with it: where an iteration is over before the host has been told of the one before.
 """
 
 from __future__ import annotations
@@ -23,6 +24,11 @@ PATIENCE = 0.25
 """How long anybody waits for a mask: so much of the last iteration's time, at most the above. The
 device is busy meanwhile. Most masks take 20 to 100 us, those of a complex grammar may take tens of
 milliseconds."""
+SMOOTHING = 1 / 8
+MOST_SHARE = 2 * PATIENCE
+"""That one iteration counts for: the first mask of a guide takes long, and says nothing."""
+PAUSE_ITERATIONS = 128
+"""In which no mask is late, after others have waited too long: then it is tried anew."""
 
 
 class Guidance:
@@ -42,15 +48,27 @@ class Guidance:
         self._quick: set[SequenceId] = set()
         """Guided sequences whose last masks did not take longer than that."""
         self.patience_s = MOST_PATIENCE_S
+        self._wait_share = 0.0
+        """Time that compute waited for late masks, of that in which it worked; smoothed."""
+        self._pause = 0
+        """Iterations in which none is late, if others would wait."""
+        self._has_neighbours = False
+        """Rows without a mask were sampled in the last iteration."""
         self._known: dict[SequenceId, int] = {}
         """Output tokens that a sequence's guide was told of, once it has one."""
         self._ended: list[SequenceId] = []
         self.num_guided = 0
         """Guided sequences that have not ended."""
 
-    def iteration_took(self, compute_s: float) -> None:
-        """Of the device."""
+    def iteration_took(self, compute_s: float, mask_wait_s: float = 0.0) -> None:
+        """Of the device; `settled` comes before."""
         self.patience_s = min(MOST_PATIENCE_S, PATIENCE * compute_s)
+        self._pause = max(0, self._pause - 1)
+        if mask_wait_s > 0 and compute_s > 0:
+            share = min(mask_wait_s / compute_s, MOST_SHARE)
+            self._wait_share += SMOOTHING * (share - self._wait_share)
+        if self._wait_share > PATIENCE and self._has_neighbours:
+            self._wait_share, self._pause = 0.0, PAUSE_ITERATIONS
 
     # --- orders -------------------------------------------------------------------------------
 
@@ -121,7 +139,8 @@ class Guidance:
     def may_be_late(self, seq: Sequence) -> bool:
         """Whether a row of this sequence could be launched before its mask can be made."""
         is_near = seq.samples_in_flight == 1 and seq.id in self._quick
-        return is_near and self.slots.num_free > 0
+        others_would_wait = self._pause > 0 and self._has_neighbours
+        return is_near and not others_would_wait and self.slots.num_free > 0
 
     def take(self, seq: Sequence) -> MaskSlot | None:
         """The mask for a row that samples, made or late; None if anything may be sampled."""
@@ -136,9 +155,12 @@ class Guidance:
 
     def settled(self, rows: Iterable[Row]) -> None:
         """The iteration that read these rows' masks is over."""
+        self._has_neighbours = False
         for row in rows:
             if row.mask is not None:
                 self.slots.give_back(row.mask)
+            elif row.is_sampled:
+                self._has_neighbours = True
 
     # --- ends ---------------------------------------------------------------------------------
 

@@ -29,13 +29,15 @@ from pie_async.messages import MaskMade, MaskOrder
 from pie_async.structured import StructuredOutputs
 
 if TYPE_CHECKING:
-    from llguidance import LLMatcher, LLTokenizer
+    from llguidance import LLExecutor, LLMatcher, LLTokenizer
 
 MOST_KEPT = 128
 """Compiled guides that are kept for the next request that sends the same."""
 MOST_KEPT_CHARS = 4 * 2**20
-LEAST_TOGETHER = 8
-"""Masks that one thread makes one after the other: waking another takes as long as one."""
+MOST_WAIT_S, MOST_EACH_S = 5e-3, 1e-4
+"""Masks that took longer together are each said to have taken all of that time: one of them may be
+slow, and asked apart each is timed by itself. Up to there it may have been the interpreter, which
+the thread waits for when they are made."""
 _WHITE_SPACE = r"\r?\n[ \t]{0,20}| ?"
 """Between JSON's tokens. Without a bound some models never stop: white space is always right."""
 _WORD_BITS = 32
@@ -195,31 +197,70 @@ class GuideRoom:
         table[:, 0] = -1
         self._matchers: dict[SequenceId, LLMatcher] = {}
 
-    def make(self, order: MaskOrder, clock: Callable[[], float] = time.perf_counter) -> MaskMade:
-        """Carry out an order, in any thread; never raises."""
-        began_s = clock()
-        is_ended, refusal = False, None
-        try:
-            is_ended = self._make(order)
-        except InvalidRequest as error:
-            refusal = str(error)
-        return MaskMade(order.sequence, order.slot, clock() - began_s, is_ended, refusal)
+    def make(self, order: MaskOrder, clock: Callable[[], float] = time.thread_time) -> MaskMade:
+        """Carry out an order, in any thread; never raises.
 
-    def _make(self, order: MaskOrder) -> bool:
-        """Whether the output is complete; if it is not, the mask lies in its slot."""
-        if order.guide is not None:
-            self._matchers[order.sequence] = self._compiler.compile(order.guide)
+        Args:
+            clock: of the thread by default: the time in which it waits for the interpreter is none
+                that the guide takes.
+        """
+        began_s = clock()
+        try:
+            if order.guide is not None:
+                self._matchers[order.sequence] = self._compiler.compile(order.guide)
+            matcher = self._matchers[order.sequence]
+            if order.tokens:
+                matcher.consume_tokens(list(order.tokens))
+            if not (matcher.is_error() or matcher.is_stopped()):
+                row = self._row(order)
+                matcher.unsafe_compute_mask_ptr(row.ctypes.data, row.nbytes)
+            return self._made(order, clock() - began_s)
+        except InvalidRequest as error:
+            return MaskMade(order.sequence, order.slot, clock() - began_s, refusal=str(error))
+
+    def make_together(
+        self,
+        orders: Sequence[MaskOrder],
+        executor: LLExecutor,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> tuple[MaskMade, ...]:
+        """Carry out orders of guides that are compiled; never raises.
+
+        The interpreter is let go of twice in all. Made one by one, each mask would wait for it
+        twice, as long as the loop has something to do: up to a millisecond for each of 50 us.
+        """
+        if len(orders) == 1 or self._table.shape[1] != self._compiler.words:
+            return tuple(map(self.make, orders))
+        began_s = clock()
+        matchers = [self._matchers[order.sequence] for order in orders]
+        pairs = list(zip(matchers, orders, strict=True))
+        if fed := [(m, o.tokens[0]) for m, o in pairs if len(o.tokens) == 1]:
+            executor.consume_token_par(fed)
+        for matcher, order in pairs:
+            if len(order.tokens) > 1:  # it was taken off its lane meanwhile
+                matcher.consume_tokens(list(order.tokens))
+        going = [(m, int(o.slot)) for m, o in pairs if not (m.is_error() or m.is_stopped())]
+        if going:
+            table = self._table
+            executor.unsafe_compute_mask_ptr(going, table.ctypes.data, table[0].nbytes, len(table))
+        took_s = clock() - began_s
+        is_long = took_s > MOST_WAIT_S + MOST_EACH_S * len(orders)
+        each_s = took_s if is_long else took_s / len(orders)
+        return tuple([self._made(order, each_s) for order in orders])
+
+    def _row(self, order: MaskOrder) -> MaskTable:
+        return self._table[order.slot, : self._compiler.words]
+
+    def _made(self, order: MaskOrder, made_s: float) -> MaskMade:
+        """What became of an order: if its output may go on, the mask lies in its slot."""
         matcher = self._matchers[order.sequence]
-        if order.tokens and not matcher.consume_tokens(list(order.tokens)):
-            raise InvalidRequest(_brief(matcher.get_error().splitlines()))
-        if not matcher.is_stopped():
-            row = self._table[order.slot, : self._compiler.words]
-            matcher.unsafe_compute_mask_ptr(row.ctypes.data, row.nbytes)
+        refusal = _brief(matcher.get_error().splitlines()) if matcher.is_error() else None
+        is_ended = refusal is None and matcher.is_stopped()
+        if refusal is None and not is_ended:
+            octets = self._row(order).view(np.uint8)
             for token in self._compiler.never_ids:
-                row.view(np.uint8)[token // 8] &= 0xFF ^ (1 << token % 8)
-        if matcher.is_error():
-            raise InvalidRequest(_brief(matcher.get_error().splitlines()))
-        return matcher.is_stopped()
+                octets[token // 8] &= 0xFF ^ (1 << token % 8)
+        return MaskMade(order.sequence, order.slot, made_s, is_ended, refusal)
 
     def forget(self, sequences: Sequence[SequenceId]) -> None:
         """See `Guides`."""
@@ -228,28 +269,41 @@ class GuideRoom:
 
 
 class ThreadedGuides:
-    """`Guides` whose masks are made in threads of their own."""
+    """`Guides` whose masks are made in threads of their own.
 
-    def __init__(self, room: GuideRoom, *, threads: int | None = None) -> None:
+    Several that are asked for together have one thread, which never waits behind one that is asked
+    for alone, and llguidance's own threads. Guides compiled from the same source share a lock
+    there, and are made one after the other.
+    """
+
+    def __init__(self, room: GuideRoom) -> None:
         self._room = room
         self.forget = room.forget
-        self._num_threads = threads or min(8, os.cpu_count() or 2)
-        self._threads = ThreadPoolExecutor(self._num_threads, thread_name_prefix="pie-guides")
+        self._num_threads = min(8, os.cpu_count() or 2)
+        self._alone = ThreadPoolExecutor(self._num_threads, thread_name_prefix="pie-guide")
+        self._together = ThreadPoolExecutor(1, thread_name_prefix="pie-guides")
 
     async def make(self, orders: Sequence[MaskOrder]) -> tuple[MaskMade, ...]:
         """See `Guides`."""
         loop = asyncio.get_running_loop()
-        size = max(LEAST_TOGETHER, -(-len(orders) // self._num_threads))
-        parts = [orders[first : first + size] for first in range(0, len(orders), size)]
-        asked = [loop.run_in_executor(self._threads, self._make_all, part) for part in parts]
-        return tuple([mask for part in asked for mask in await part])
+        if len(orders) == 1:
+            return (await loop.run_in_executor(self._alone, self._room.make, orders[0]),)
+        return await loop.run_in_executor(self._together, self._make_together, orders)
 
-    def _make_all(self, orders: Sequence[MaskOrder]) -> tuple[MaskMade, ...]:
-        return tuple(map(self._room.make, orders))
+    def _make_together(self, orders: Sequence[MaskOrder]) -> tuple[MaskMade, ...]:
+        return self._room.make_together(orders, self._executor)
+
+    @functools.cached_property
+    def _executor(self) -> LLExecutor:
+        """Of the one thread: importing and making it takes a moment."""
+        from llguidance import LLExecutor
+
+        return LLExecutor(self._num_threads)
 
     def close(self) -> None:
         """See `Guides`."""
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        for threads in (self._alone, self._together):
+            threads.shutdown(wait=False, cancel_futures=True)
 
 
 class TimedGuides:

@@ -8,7 +8,7 @@ import pytest
 
 from pie_async.core import invariants
 from pie_async.core.batching import IterationPlan, plan_iteration
-from pie_async.core.guidance import MASKS_PER_LANE, MOST_PATIENCE_S
+from pie_async.core.guidance import MASKS_PER_LANE, MOST_PATIENCE_S, PAUSE_ITERATIONS
 from pie_async.core.residency import ResidencyMap
 from pie_async.core.schedule import Schedule
 from pie_async.core.sequence import State
@@ -24,7 +24,8 @@ SLOW_S = 2 * MOST_PATIENCE_S
 class Bench:
     """A schedule whose iterations and masks are carried out by hand."""
 
-    def __init__(self, *, device_slots: int = 64, lanes: int = 4) -> None:
+    def __init__(self, *, device_slots: int = 64, lanes: int = 4, max_tokens: int = 20) -> None:
+        self._max_tokens = max_tokens
         self.schedule = Schedule(
             residency=ResidencyMap(
                 device_slots=device_slots, host_slots=64, staging_slots=64,
@@ -46,7 +47,7 @@ class Bench:
                 output_tokens=tuple(range(50, 50 + output)),
                 sampling=SamplingParams(structured_outputs=GUIDE if guided else None),
                 seed=number,
-                max_tokens=20,
+                max_tokens=self._max_tokens,
             )
         )
 
@@ -198,6 +199,37 @@ def test_a_late_row_waits_for_nobody_who_has_left(moment: str, how: str):
     assert schedule.guidance.slots.num_used == 0
     if how == "parked":
         assert schedule.sequences[SequenceId(1)].tokens[-2:] == [7 if moment != "unknown" else 9, 8]
+
+
+def late_while(bench: Bench, iterations: int, *, wait_share: float) -> list[bool]:
+    """Whether masks were late, iteration by iteration; compute waits so long for those that are."""
+    was_late = []
+    for _ in range(iterations):
+        if not bench.schedule.in_flight:
+            bench.make(*bench.orders(), made_s=0.0)
+            bench.plan()
+        bench.plan()  # the next one, before the tokens of the one in flight are known
+        bench.settle()
+        guidance = bench.schedule.guidance
+        was_late.append(bool(guidance.late))
+        bench.make(*bench.orders(), made_s=0.0)
+        guidance.iteration_took(1.0, wait_share if was_late[-1] else 0.0)
+    return was_late
+
+
+def test_others_do_not_wait_for_late_masks_longer_than_a_part_of_the_time():
+    bench = Bench(device_slots=512, max_tokens=900)
+    under_way(bench, 1)
+    bench.submit(2, guided=False)
+    assert all(late_while(bench, 20, wait_share=0.2))
+    was_late = late_while(bench, 2 * PAUSE_ITERATIONS, wait_share=1.5)
+    first = was_late.index(False)
+    assert 1 < first < 12, "one that waits long says little"
+    assert not any(was_late[first : first + PAUSE_ITERATIONS - 1])
+    assert any(was_late[first + PAUSE_ITERATIONS :]), "then it is tried anew"
+    bench.schedule.cancel([SequenceId(2)], "abort")
+    late_while(bench, 2, wait_share=1.5)
+    assert all(late_while(bench, 20, wait_share=1.5)), "nobody else waits"
 
 
 def test_without_a_free_slot_no_row_is_late():

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import threading
 
+import msgspec
 import numpy as np
 import pytest
 import torch
+from llguidance import LLExecutor
 
 from pie_async.assembly.byte_tokenizer import ByteTokenizer
 from pie_async.errors import InvalidRequest
 from pie_async.ids import Lane, MaskSlot, SequenceId
-from pie_async.messages import LaneBinding, MaskOrder
+from pie_async.messages import LaneBinding, MaskMade, MaskOrder
 from pie_async.model.checkpoint import resolve_model
-from pie_async.model.guides import GuideCompiler, GuideRoom, mask_shape
+from pie_async.model.guides import GuideCompiler, GuideRoom, ThreadedGuides, mask_shape
 from pie_async.model.sampling import LaneSampler
 from pie_async.model.tokenizer import Tokenizer
 from pie_async.sampling_params import SamplingParams
@@ -130,6 +134,92 @@ def test_an_output_that_the_guide_does_not_allow_is_refused(compiler):
     guide = StructuredOutputs(choice=["yes"])
     made = room.make(MaskOrder(SequenceId(1), MaskSlot(0), tuple(b"no"), guide))
     assert made.refusal
+
+
+def orders_of(*, started: bool) -> list[MaskOrder]:
+    """Of guides that go on, are complete or refuse, told of none, one or several tokens."""
+    told = [
+        ((), ()),
+        ((), b"y"),
+        (b"y", b"e"),
+        (b"ye", b"s"),
+        (b"", b"no"),
+        (b"yes", b""),
+        (b"", b"n"),
+    ]
+    guide = StructuredOutputs(regex="yes|yeah")
+    return [
+        MaskOrder(SequenceId(n), MaskSlot(n), tuple(after), None)
+        if started
+        else MaskOrder(SequenceId(n), MaskSlot(n), tuple(before), guide)
+        for n, (before, after) in enumerate(told)
+    ]
+
+
+@pytest.mark.parametrize("is_wide", [False, True], ids=["the vocabulary's width", "wider"])
+def test_masks_made_together_are_those_made_one_by_one(compiler, is_wide: bool):
+    found = []
+    for together in (False, True):
+        words = compiler.words + 3 * is_wide
+        table = np.zeros((8, words), np.int32)
+        room = GuideRoom(compiler, table)
+        for order in orders_of(started=False):
+            room.make(order)
+        orders = orders_of(started=True)
+        made = room.make_together(orders, LLExecutor(2)) if together else map(room.make, orders)
+        told = [(mask.sequence, mask.slot, mask.is_ended, mask.refusal) for mask in made]
+        going = [slot for _, slot, is_ended, refusal in told if not is_ended and refusal is None]
+        found.append((told, table[going, 1:].tolist(), [allowed(table[n], 128) for n in going]))
+    assert found[0] == found[1]
+    told, _, masks = found[0]
+    assert [is_ended for _, _, is_ended, _ in told] == [
+        False,
+        False,
+        False,
+        True,
+        False,
+        True,
+        False,
+    ]
+    assert [bool(refusal) for *_, refusal in told] == [False] * 4 + [True, False, True]
+    assert masks == [{ord("y")}, {ord("e")}, {ord("s"), ord("a")}]
+
+
+def test_of_masks_that_took_long_together_each_may_be_the_slow_one(compiler):
+    room = GuideRoom(compiler, np.zeros((8, compiler.words), np.int32))
+    for order in orders_of(started=False):
+        room.make(order)
+    clock = iter([1.0, 1.004, 2.0, 2.5]).__next__
+    first, second = orders_of(started=True)[:2]
+    orders = [first, msgspec.structs.replace(second, tokens=())]
+    quick, slow = (
+        [mask.made_s for mask in room.make_together(orders, LLExecutor(1), clock)] for _ in range(2)
+    )
+    assert quick == pytest.approx([0.002, 0.002])
+    assert slow == pytest.approx([0.5, 0.5])
+
+
+@pytest.mark.realtime
+async def test_masks_asked_for_together_do_not_wait_behind_slow_ones(compiler, monkeypatch):
+    may_end = threading.Event()
+    room = GuideRoom(compiler, np.zeros((16, compiler.words), np.int32))
+    guides = ThreadedGuides(room)
+    for order in orders_of(started=False):
+        await guides.make([order])
+
+    def slow(order: MaskOrder) -> MaskMade:
+        may_end.wait(10)
+        return MaskMade(order.sequence, order.slot, 10.0)
+
+    monkeypatch.setattr(room, "make", slow)
+    one, *others = orders_of(started=True)
+    alone = [asyncio.create_task(guides.make([one])) for _ in range(32)]
+    await asyncio.sleep(0)
+    assert len(await asyncio.wait_for(guides.make(others), 5)) == len(others)
+    assert not any(task.done() for task in alone)
+    may_end.set()
+    await asyncio.gather(*alone)
+    guides.close()
 
 
 def test_without_a_token_for_the_end_none_is_ever_allowed(compiler):
