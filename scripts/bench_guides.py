@@ -115,6 +115,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--device", choices=KV_BYTES, default="sim")
     parser.add_argument("--model", help="left out: the one that KV_BYTES is for")
+    parser.add_argument("--load-format", help="random: a directory's config and tokenizer will do")
     parser.add_argument("--sequences", type=int, default=64)
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=1)
@@ -122,6 +123,8 @@ def main() -> None:
     options: dict[str, Any] = {"device": given.device, "device_kv_bytes": KV_BYTES[given.device]}
     if given.model is not None:
         options["model"] = given.model
+    if given.load_format is not None:
+        options["load_format"] = given.load_format
     run = measure(sequences=given.sequences, tokens=given.tokens, rounds=given.rounds, **options)
     found = run_in_virtual_time(run) if given.device == "sim" else asyncio.run(run)
     print("guided  neighbours, ms: median, p99   guided ones: median, p99   waited for masks")
