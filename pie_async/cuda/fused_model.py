@@ -170,23 +170,27 @@ class FusedModel:
             positions: [n] integers, of the tokens being sampled.
         """
         logits = self._fused.logits(hidden)
-        sampler = self.lanes.sampler
-        if needs == GREEDY:
-            chosen = Sampled(choose(logits, temperature=None), None)
-        elif needs == DRAWN:
-            temperature, keys = sampler.draw_inputs(lanes.long())
-            tokens = choose(
-                logits,
-                temperature=temperature,
-                keys=keys,
-                positions=positions,
-                codes=sampler.codes,
-            )
-            chosen = Sampled(tokens, None)
+        if needs._replace(masks=False) in (GREEDY, DRAWN):
+            chosen = Sampled(self._choose(logits, lanes, positions, needs), None)
         else:
             chosen = self._sample(logits, lanes.long(), positions.long(), needs)
         remember(self._last_tokens, lanes, chosen.tokens)
         return chosen
+
+    def _choose(self, logits: Tensor, lanes: Tensor, positions: Tensor, needs: Needs) -> Tensor:
+        """By one kernel: argmax, with noise or without, under masks or without."""
+        sampler, lanes = self.lanes.sampler, lanes.long()
+        masks, slots = sampler.mask_inputs(lanes) if needs.masks else (None, None)
+        temperature, keys = sampler.draw_inputs(lanes) if needs.draws else (None, None)
+        return choose(
+            logits,
+            temperature=temperature,
+            keys=keys,
+            positions=positions,
+            codes=sampler.codes,
+            masks=masks,
+            slots=slots,
+        )
 
     def _sample(self, logits: Tensor, lanes: Tensor, positions: Tensor, needs: Needs) -> Sampled:
         sample = self.lanes.sampler.sample

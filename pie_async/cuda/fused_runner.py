@@ -131,6 +131,9 @@ class FusedRunner:
         """Compile the kernels and capture the graphs of greedy decoding."""
         for needs in (DRAWN, GREEDY):
             self._run_padding(min(_WARM_UP_TOKENS, self._max_tokens), needs)
+            if self._model.lanes.sampler.has_masks:  # few rows and many are two kernels
+                for num_tokens in {PAD_TOKENS, min(_WARM_UP_TOKENS, self._max_tokens)}:
+                    self._run_padding(num_tokens, needs._replace(masks=True))
         self._programs.capture_greedy()
 
     def close(self) -> None:

@@ -111,6 +111,10 @@ class LaneSampler:
         on_cpu = self._device.type == "cpu"
         self._masks = masks if on_cpu else seen_by_gpu(masks, self._device)
 
+    @property
+    def has_masks(self) -> bool:
+        return self._masks is not None
+
     def set_masks(self, slots: Mapping[Lane, MaskSlot]) -> None:
         """Which masks these lanes sample under next; ordered with `sample`."""
         lanes = upload(list(slots), self._device, torch.int64)
@@ -155,6 +159,11 @@ class LaneSampler:
     def draw_inputs(self, lanes: Tensor) -> tuple[Tensor, Tensor]:
         """[n] temperatures and [n] noise keys of these lanes ([n] int64)."""
         return self._reals[lanes, _REALS["temperature"]], self._integer("key", lanes)
+
+    def mask_inputs(self, lanes: Tensor) -> tuple[Tensor, Tensor]:
+        """[slots, words] masks, and [n] which of them these lanes ([n] int64) have, -1: none."""
+        assert self._masks is not None, "use_masks() comes before guided sequences"
+        return self._masks, self._mask_of_lane[lanes]
 
     def needs(self, lanes: Iterable[int]) -> Needs:
         """What sampling these lanes takes; host only. Give it to `sample`."""
@@ -227,9 +236,8 @@ class LaneSampler:
             self._penalise(logits, lanes)
 
     def _mask(self, logits: Tensor, lanes: Tensor) -> None:
-        assert self._masks is not None, "use_masks() comes before guided sequences"
-        slots = self._mask_of_lane[lanes]
-        allowed = _bits(self._masks.index_select(0, slots.clamp(min=0)))[:, : self._vocab_size]
+        masks, slots = self.mask_inputs(lanes)
+        allowed = _bits(masks.index_select(0, slots.clamp(min=0)))[:, : self._vocab_size]
         logits.masked_fill_(~(allowed | (slots < 0).unsqueeze(1)), -torch.inf)
 
     def _penalise(self, logits: Tensor, lanes: Tensor) -> None:

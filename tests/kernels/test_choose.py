@@ -51,6 +51,26 @@ def test_drawn(rows, vocab, dtype, device) -> None:
     assert torch.equal(actual[::3], greedy[::3])
 
 
+@dtypes
+@pytest.mark.parametrize(("rows", "vocab"), [(1, 3000), (6, 1500), (9, 4500), (12, 33)])
+@pytest.mark.parametrize("draws", [False, True])
+def test_under_masks(rows, vocab, draws, dtype, device) -> None:
+    """A third of the rows has none; a bit beyond the vocabulary lets nothing be taken."""
+    logits = (3.0 * torch.randn(rows, vocab, device=device)).to(dtype)
+    how = drawing(rows, vocab, device) if draws else {"temperature": None}
+    words = -(-vocab // 32)
+    masks = torch.randint(-(2**31), 2**31, (2 * rows, words + 1), device=device).to(torch.int32)
+    masks[:, :-1] &= masks[:, 1:]  # few are allowed
+    slots = torch.randperm(2 * rows, device=device)[:rows]
+    slots[1::3] = -1
+    how |= {"masks": masks, "slots": slots}
+    actual = choose(logits, **how)
+    assert torch.equal(actual, choose_reference(logits, **how))
+    for row, (token, slot) in enumerate(zip(actual.tolist(), slots.tolist(), strict=True)):
+        word = int(masks[slot, token >> 5])
+        assert slot < 0 or word >> (token & 31) & 1, f"row {row} took what its mask forbids"
+
+
 def test_some_draws_differ_from_greedy(device) -> None:
     logits = torch.randn(8, 700, device=device)
     how = drawing(8, 700, device, torch.full((8,), 1.5, device=device))

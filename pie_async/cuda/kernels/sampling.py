@@ -22,6 +22,8 @@ def choose(
     keys: Tensor | None = None,
     positions: Tensor | None = None,
     codes: Tensor | None = None,
+    masks: Tensor | None = None,
+    slots: Tensor | None = None,
 ) -> Tensor:
     """The token with the largest logit + temperature * noise, the first of equals.
 
@@ -34,6 +36,9 @@ def choose(
         keys: [n] int64, from `seed_key`.
         positions: [n] integers, of the tokens being sampled.
         codes: [vocab] int32, from `token_codes`.
+        masks: [slots, words] int32, rows contiguous; bit b of word w lets token 32 w + b be taken.
+            May lie in the host's memory. None: all tokens may be.
+        slots: [n] int64, which mask is whose; -1: none.
 
     Returns:
         [n] int64.
@@ -52,9 +57,12 @@ def choose(
         keys,
         positions,
         codes,
+        masks,
+        slots,
         best,
         vocab,
         logits.stride(0),
+        0 if masks is None else masks.stride(0),
         tiles=tiles,
         tile=_TILE,
         num_warps=4,
@@ -71,9 +79,16 @@ def choose_reference(
     keys: Tensor | None = None,
     positions: Tensor | None = None,
     codes: Tensor | None = None,
+    masks: Tensor | None = None,
+    slots: Tensor | None = None,
 ) -> Tensor:
     """`choose` in plain torch."""
     scores = logits if logits.dtype == torch.float64 else logits.float()
+    if masks is not None:
+        assert slots is not None
+        ids = torch.arange(scores.shape[1], device=scores.device)
+        is_allowed = (masks[slots.clamp(min=0)][:, ids >> 5] >> (ids & 31)) & 1 == 1
+        scores = torch.where(is_allowed | (slots < 0).unsqueeze(1), scores, -torch.inf)
     if temperature is not None:
         assert keys is not None and positions is not None and codes is not None
         noise = gumbel_noise(keys, positions.long(), codes)
@@ -96,16 +111,19 @@ def _tiles_per_program(rows: int, *, draws: bool) -> int:
     return 4 if draws else 8
 
 
-@triton.jit(do_not_specialize_on_alignment=["temperature", "keys", "positions"])
+@triton.jit(do_not_specialize_on_alignment=["temperature", "keys", "positions", "masks", "slots"])
 def _best_of_chunk_kernel(
     logits,
     temperature,
     keys,
     positions,
     codes,
+    masks,
+    slots,
     best,
     vocab,
     stride,
+    mask_words,
     tiles: tl.constexpr,
     tile: tl.constexpr,
 ):
@@ -115,12 +133,18 @@ def _best_of_chunk_kernel(
     if temperature is not None:
         heat = tl.load(temperature + row)
         words = _mix64(tl.load(keys + row), tl.load(positions + row).to(tl.int64))
+    if masks is not None:
+        slot = tl.load(slots + row)
     best_scores = tl.full((tile,), float("-inf"), tl.float32)
     best_ids = ids
     for _ in tl.static_range(tiles):
         is_inside = ids < vocab
         scores = tl.load(logits + row * stride + ids, is_inside, float("-inf")).to(tl.float32)
-        if temperature is not None:  # noqa: SIM102 - decided when compiling, the inner one by row
+        if masks is not None:  # noqa: SIM102 - decided when compiling, the inner one by row
+            if slot >= 0:
+                word = tl.load(masks + slot * mask_words + (ids >> 5), is_inside, 0)
+                scores = tl.where((word >> (ids & 31)) & 1 != 0, scores, float("-inf"))
+        if temperature is not None:  # noqa: SIM102
             if heat != 0.0:
                 code = tl.load(codes + ids, is_inside, 0)
                 scores += heat * _gumbel(code.to(tl.uint32, bitcast=True), words)
