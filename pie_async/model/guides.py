@@ -272,8 +272,7 @@ class ThreadedGuides:
     """`Guides` whose masks are made in threads of their own.
 
     Several that are asked for together have one thread, which never waits behind one that is asked
-    for alone, and llguidance's own threads. Guides compiled from the same source share a lock
-    there, and are made one after the other.
+    for alone, and llguidance's own threads.
     """
 
     def __init__(self, room: GuideRoom) -> None:
