@@ -16,7 +16,7 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 from pie_async import Engine, SamplingParams, StructuredOutputs
-from pie_async.config import GIB
+from pie_async.config import GIB, parse_size
 from pie_async.measurements import percentile
 from pie_async.testing import run_in_virtual_time
 
@@ -116,11 +116,13 @@ def main() -> None:
     parser.add_argument("--device", choices=KV_BYTES, default="sim")
     parser.add_argument("--model", help="left out: the one that KV_BYTES is for")
     parser.add_argument("--load-format", help="random: a directory's config and tokenizer will do")
+    parser.add_argument("--kv", help="device memory for KV, 4GiB say; left out: KV_BYTES")
     parser.add_argument("--sequences", type=int, default=64)
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=1)
     given = parser.parse_args()
-    options: dict[str, Any] = {"device": given.device, "device_kv_bytes": KV_BYTES[given.device]}
+    kv_bytes = parse_size(given.kv, option="--kv") if given.kv else KV_BYTES[given.device]
+    options: dict[str, Any] = {"device": given.device, "device_kv_bytes": kv_bytes}
     if given.model is not None:
         options["model"] = given.model
     if given.load_format is not None:
