@@ -130,7 +130,8 @@ async def test_a_request_is_a_span_of_its_callers_trace(start, spans, is_streame
     assert f"{span.context.trace_id:032x}" == trace_id and f"{span.parent.span_id:016x}" == parent
     assert span.attributes["gen_ai.operation.name"] == "chat"
     assert span.attributes["http.response.status_code"] == 200
-    assert span.attributes["gen_ai.server.request.duration"] > 0
+    # The loop's clock counts in milliseconds, and the fake engine may answer within one.
+    assert 0 <= span.attributes["gen_ai.server.request.duration"] < 10
     events = {event.name: dict(event.attributes) for event in span.events}
     assert events["done"] == {"gen_ai.response.finish_reason": "stop"}
     assert ("first token" in events) == is_streamed
