@@ -179,6 +179,8 @@ class FusedModel:
 
     def _choose(self, logits: Tensor, lanes: Tensor, positions: Tensor, needs: Needs) -> Tensor:
         """By one kernel: argmax, with noise or without, under masks or without."""
+        if needs == GREEDY:
+            return choose(logits, temperature=None)
         sampler, lanes = self.lanes.sampler, lanes.long()
         masks, slots = sampler.mask_inputs(lanes) if needs.masks else (None, None)
         temperature, keys = sampler.draw_inputs(lanes) if needs.draws else (None, None)

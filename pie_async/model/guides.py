@@ -229,11 +229,10 @@ class GuideRoom:
         The interpreter is let go of twice in all. Made one by one, each mask would wait for it
         twice, as long as the loop has something to do: up to a millisecond for each of 50 us.
         """
-        if len(orders) == 1 or self._table.shape[1] != self._compiler.words:
+        if self._table.shape[1] != self._compiler.words:  # llguidance wants its own width
             return tuple(map(self.make, orders))
         began_s = clock()
-        matchers = [self._matchers[order.sequence] for order in orders]
-        pairs = list(zip(matchers, orders, strict=True))
+        pairs = [(self._matchers[order.sequence], order) for order in orders]
         if fed := [(m, o.tokens[0]) for m, o in pairs if len(o.tokens) == 1]:
             executor.consume_token_par(fed)
         for matcher, order in pairs:

@@ -110,7 +110,8 @@ async def compare(tight: dict, roomy: dict, seconds: float) -> None:
             async with asyncio.TaskGroup() as group:
                 mine = group.create_task(answer(streaming, prompt, params, leaves_at or most))
                 theirs = group.create_task(answer(undisturbed, prompt, params, most))
-            same_but_for_ties(prompt, mine.result(), theirs.result())
+            is_guided = params.structured_outputs is not None
+            same_but_for_ties(prompt, mine.result(), theirs.result(), is_guided=is_guided)
             finished += leaves_at is None
             left += leaves_at is not None
             tokens += len(mine.result().token_ids)
@@ -141,13 +142,16 @@ async def answer(
     return last
 
 
-def same_but_for_ties(prompt: list[int], mine: CompletionOutput, theirs: CompletionOutput) -> None:
+def same_but_for_ties(
+    prompt: list[int], mine: CompletionOutput, theirs: CompletionOutput, *, is_guided: bool
+) -> None:
     """Equal tokens, up to a place, if any, where the two taken were all but equally likely."""
     assert len(mine.token_ids) <= len(theirs.token_ids)
     for at, (token, other) in enumerate(zip(mine.token_ids, theirs.token_ids, strict=False)):
         if token != other:
-            # Under a guide neither need be among the likeliest: then each engine tells of its own.
-            likely = mine.logprobs[at] | theirs.logprobs[at]
-            gap = abs(likely[other].logprob - likely[token].logprob)
-            assert gap < NEAR_TIE, f"{prompt}: token {at} is {token} instead of {other}"
+            likely = theirs.logprobs[at]
+            if is_guided:  # neither need be among the likeliest: then each engine tells of its own
+                likely = mine.logprobs[at] | likely
+            assert token in likely, f"{prompt}: token {at} is {token} instead of {other}"
+            assert abs(likely[other].logprob - likely[token].logprob) < NEAR_TIE
             return
