@@ -53,7 +53,7 @@ class Hidden:
         self.pending: Tensor | None = None
 
     def rows(self, some: Callable[[Tensor], Tensor]) -> Hidden:
-        """Some rows, for work that carries the sum out; once, if they are views."""
+        """Some rows, copied."""
         part = Hidden(some(self.residual))
         part.pending = None if self.pending is None else some(self.pending)
         return part
@@ -71,7 +71,7 @@ class Hidden:
 
 
 class FusedDecoder:
-    """Embedding, layers and logits of a decoder whose parameters are filled.
+    """Embedding, layers and head of a decoder whose parameters are filled.
 
     Args:
         decoder: the model, on the GPU.
@@ -111,13 +111,15 @@ class FusedDecoder:
                 hidden.pending = self._mlp(layer, hidden.residual)
                 hidden.residual = hidden.normed(layer.mlp_norm)
 
-    def logits(self, hidden: Hidden) -> Tensor:
-        """[n, vocab] in the model's dtype, after the last layer."""
+    def head_input(self, hidden: Hidden) -> Tensor:
+        """[n, width] what the head takes after the last layer; `hidden` is used up."""
         decoder = self._decoder
         x = hidden.sum() if decoder.final_norm is None else hidden.normed(decoder.final_norm)
-        if decoder.project_out is not None:
-            x = self._linear(x, decoder.project_out)
-        return self._product(x, decoder.head, None, None)
+        return x if decoder.project_out is None else self._linear(x, decoder.project_out)
+
+    def logits(self, head_input: Tensor) -> Tensor:
+        """[n, vocab] in the model's dtype."""
+        return self._product(head_input, self._decoder.head, None, None)
 
     def _linear(self, x: Tensor, layer: Linear) -> Tensor:
         return self._product(x, layer.weight, layer.bias, layer.scale)

@@ -161,16 +161,20 @@ class FusedModel:
         """See `FusedDecoder.run_layers`."""
         self._fused.run_layers(layers, hidden, step)
 
-    def choose(self, hidden: Hidden, lanes: Tensor, positions: Tensor, needs: Needs) -> Sampled:
-        """Sample from the last layer's hidden state, which is used up, and feed tokens back.
+    def head_input(self, hidden: Hidden) -> Tensor:
+        """See `FusedDecoder.head_input`."""
+        return self._fused.head_input(hidden)
+
+    def choose(self, head_input: Tensor, lanes: Tensor, positions: Tensor, needs: Needs) -> Sampled:
+        """Sample, and feed tokens back.
 
         Args:
-            hidden: of n rows.
+            head_input: [n, width], left as it is.
             lanes: [n] int32, contiguous.
             positions: [n] integers, of the tokens being sampled.
         """
-        logits = self._fused.logits(hidden)
-        if needs._replace(masks=False) in (GREEDY, DRAWN):
+        logits = self._fused.logits(head_input)
+        if takes_one_kernel(needs):
             chosen = Sampled(self._choose(logits, lanes, positions, needs), None)
         else:
             chosen = self._sample(logits, lanes.long(), positions.long(), needs)
@@ -178,7 +182,7 @@ class FusedModel:
         return chosen
 
     def _choose(self, logits: Tensor, lanes: Tensor, positions: Tensor, needs: Needs) -> Tensor:
-        """By one kernel: argmax, with noise or without, under masks or without."""
+        """Where `takes_one_kernel`."""
         if needs == GREEDY:
             return choose(logits, temperature=None)
         sampler, lanes = self.lanes.sampler, lanes.long()
@@ -209,7 +213,12 @@ class FusedModel:
         return self._rotary.factors(positions, lengths)
 
     def _float_logits(self, hidden: Tensor) -> Tensor:
-        return self._fused.logits(Hidden(hidden)).float()
+        return self._fused.logits(self._fused.head_input(Hidden(hidden))).float()
+
+
+def takes_one_kernel(needs: Needs) -> bool:
+    """Whether sampling is an argmax: with noise or without, under masks or without."""
+    return needs._replace(masks=False) in (GREEDY, DRAWN)
 
 
 def _joined(parts: Sequence[Sampled]) -> Sampled:

@@ -1,9 +1,9 @@
 """Runs a decoder over paged KV with fused kernels and CUDA graphs.
 
-Iterations of one-token rows are padded to a bucket and replayed: the numbers come in one copy,
-the tokens of the last iteration are already on the GPU, and sampling is part of the graph where
-it takes no more than a temperature. Everything else (prompts, scores) runs the same kernels one
-by one.
+Iterations of one-token rows, and of a few short prompts beside them, are padded and replayed: the
+numbers come in one copy, the tokens of the last iteration are already on the GPU, and sampling
+is replayed too where it is one kernel. Everything else (long prompts, scores) runs the same
+kernels one by one.
 """
 
 from __future__ import annotations
@@ -128,13 +128,13 @@ class FusedRunner:
 
     @torch.inference_mode()
     def warm_up(self) -> None:
-        """Compile the kernels and capture the graphs of greedy decoding."""
+        """Compile the kernels and capture the graphs."""
         for needs in (DRAWN, GREEDY):
             self._run_padding(min(_WARM_UP_TOKENS, self._max_tokens), needs)
             if self._model.lanes.sampler.has_masks:  # few rows and many are two kernels
                 for num_tokens in {PAD_TOKENS, min(_WARM_UP_TOKENS, self._max_tokens)}:
                     self._run_padding(num_tokens, needs._replace(masks=True))
-        self._programs.capture_greedy()
+        self._programs.capture_all()
 
     def close(self) -> None:
         """Free the graphs now: whenever a collection finds them, somebody else may be capturing.
@@ -163,7 +163,7 @@ class FusedRunner:
         tiles = torch.full((1, 4), -1, dtype=torch.int32, device=model.device)
         step, hidden = model.embed(fed, decode_tokens=0, tiles=tiles)
         model.run_layers(range(model.layout.num_layers), hidden, step)
-        model.choose(hidden, fed.lanes, fed.positions, needs)
+        model.choose(model.head_input(hidden), fed.lanes, fed.positions, needs)
 
 
 class LaunchedPass(Results):
@@ -214,7 +214,8 @@ class LaunchedPass(Results):
         if self._sampled:
             rows, sampled_lanes, positions = self._last
             hidden = hidden.rows(lambda all_rows: all_rows.index_select(0, rows))
-            chosen = self._model.choose(hidden, sampled_lanes, positions, self._needs)
+            head_input = self._model.head_input(hidden)
+            chosen = self._model.choose(head_input, sampled_lanes, positions, self._needs)
             self.reports = lanes.report(self._sampled, chosen)
 
 
@@ -240,10 +241,9 @@ class ReplayedPass(Results):
         self._program.run_layers(layers)
 
     def sample(self) -> None:
-        self._program.finish()
         sampled = [row for row in self.rows if row.is_sampled]
         if sampled:
-            chosen = self._program.sampled(self.rows, self._needs)
+            chosen = self._program.sample(self.rows, self._needs)
             self.reports = self._model.lanes.report(sampled, chosen)
 
 

@@ -3,17 +3,17 @@ host longer than a GPU needs for a few hundred tokens."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from pie_async.core.batch_shapes import SPARE_ROWS
 from pie_async.cuda.decode_program import DecodeProgram, most_updates
+from pie_async.cuda.fused_decoder import Hidden
 from pie_async.cuda.fused_model import FusedModel
 from pie_async.cuda.step_inputs import Updates, last_tokens
 from pie_async.messages import Row
-from pie_async.model.sampling import Needs, Sampled
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,13 +29,11 @@ class MixedProgram(DecodeProgram):
         prompt_tokens: one of `core/batch_shapes.py`'s `PROMPT_SIZES`.
     """
 
-    def __init__(
-        self, model: FusedModel, bucket: int, prompt_tokens: int, needs: Needs | None, **how: object
-    ) -> None:
+    def __init__(self, model: FusedModel, bucket: int, prompt_tokens: int, **how: Any) -> None:
         self._prompt_tokens = prompt_tokens
         self._last: Tensor
         self._tiles: Tensor
-        super().__init__(model, bucket, needs, **how)  # type: ignore[arg-type]
+        super().__init__(model, bucket, **how)
 
     def _reserve(self) -> None:
         model, m = self._model, self._bucket + SPARE_ROWS
@@ -61,21 +59,19 @@ class MixedProgram(DecodeProgram):
         updates = model.make_room(updates, self.fed.num_updates)
         model.upload(self.fed, rows, updates, torch.cat((last.flatten(), tiles.flatten())))
 
-    def sampled(self, rows: Sequence[Row], needs: Needs) -> Sampled:
+    def _sampled_rows(self, rows: Sequence[Row]) -> Callable[[Tensor], Tensor]:
         count = sum(row.is_sampled for row in rows)
-        if self._needs is not None:
-            return Sampled(self._chosen.tokens[:count], None)
-        where, lanes, positions = (numbers[:count] for numbers in self._last)
-        hidden = self._hidden.rows(lambda tokens: tokens.index_select(0, where))
-        return self._model.choose(hidden, lanes, positions, needs)
+        return lambda tensor: tensor[:count]
+
+    def _lanes_and_positions(self) -> tuple[Tensor, Tensor]:
+        _, lanes, positions = self._last
+        return lanes, positions
+
+    def _last_hidden(self) -> Hidden:
+        where = self._last[0]
+        return self._hidden.rows(lambda tokens: tokens.index_select(0, where))
 
     def _embed(self) -> None:
         self._step, self._hidden = self._model.embed(
             self.fed, decode_tokens=self._bucket, tiles=self._tiles
         )
-
-    def _choose(self) -> None:
-        assert self._needs is not None
-        where, lanes, positions = self._last
-        hidden = self._hidden.rows(lambda tokens: tokens.index_select(0, where))
-        self._chosen = self._model.choose(hidden, lanes, positions, self._needs)

@@ -4,26 +4,28 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
 
 from pie_async.core.batch_shapes import batch_shape, batch_shapes
-from pie_async.cuda.decode_program import DecodeProgram, graphable
-from pie_async.cuda.fused_model import GREEDY, FusedModel
+from pie_async.cuda.decode_program import DecodeProgram
+from pie_async.cuda.fused_model import DRAWN, GREEDY, FusedModel, takes_one_kernel
 from pie_async.cuda.mixed_program import MixedProgram
 from pie_async.messages import Row
 from pie_async.model.sampling import Needs
 
 _log = logging.getLogger(__name__)
 
-Key = tuple[int, int, Needs | None, bool]
-"""Bucket, tokens of prompts, what is sampled within the graph, whether it is staged."""
+Key = tuple[int, int, bool]
+"""Bucket, tokens of prompts, whether it is staged."""
+Part = tuple[Key, Needs | None]
+"""What is captured at a time: the layers of a program, or a way of sampling after them."""
 
 
 class Programs:
-    """Captured when first wanted, but never while an iteration is being launched.
+    """Captured at the start or when first wanted, but never while an iteration is being launched.
 
     Args:
         largest: most rows of one token in a graph; 0: nothing is captured.
@@ -40,9 +42,10 @@ class Programs:
         self._max_tokens = max_tokens
         self._streams = streams
         self._pool = pool
-        self._captured: dict[Key, DecodeProgram | None] = {}
-        """None: there was no memory for it."""
-        self._wanted: list[Key] = []
+        self._captured: dict[Key, DecodeProgram] = {}
+        self._refused: set[Part] = set()
+        """There was no memory for them."""
+        self._wanted: list[Part] = []
 
     def find(self, rows: Sequence[Row], needs: Needs, *, is_staged: bool) -> DecodeProgram | None:
         """The program for these rows; None: they run without one, this time at least.
@@ -56,10 +59,17 @@ class Programs:
         shape = batch_shape(rows, largest=self._largest, max_tokens=self._max_tokens)
         if shape is None:
             return None
-        key = *shape, graphable(needs), is_staged
-        if key not in self._captured and key not in self._wanted:
-            self._wanted.append(key)
-        return self._captured.get(key)
+        key = *shape, is_staged
+        program = self._captured.get(key)
+        if program is None:
+            self._want((key, None))
+        elif takes_one_kernel(needs) and not program.samples(needs):
+            self._want((key, needs))
+        return program
+
+    def _want(self, part: Part) -> None:
+        if part not in self._refused and part not in self._wanted:
+            self._wanted.append(part)
 
     @property
     def are_wanted(self) -> bool:
@@ -74,28 +84,25 @@ class Programs:
             has_room: whether there is memory for one more.
         """
         while self._wanted:
-            key = self._wanted.pop()
-            if has_room():
-                self._capture(key)
-            else:
-                self._do_without(key)
+            self._capture(self._wanted.pop(), has_room)
 
-    def capture_greedy(self) -> None:
-        """What most iterations need, largest first: the smaller ones then fit into its memory.
+    def capture_all(self) -> None:
+        """What iterations may need, largest first: the smaller ones then fit into its memory.
 
         Staged ones too: they are first wanted under pressure, where capturing one, 50 to 100 ms
-        with 64 layers, holds up everybody.
+        with 64 layers, holds up everybody. Not sampling under masks, which takes 1 or 2.
         """
         if not self._largest:
             return
-        for shape in batch_shapes(self._largest, self._max_tokens):
-            for is_staged in (False, True) if self._streams else (False,):
-                self._capture((*shape, GREEDY, is_staged))
+        shapes = batch_shapes(self._largest, self._max_tokens)
+        for shape, is_staged in product(shapes, (False, True) if self._streams else (False,)):
+            for needs in (None, DRAWN, GREEDY):
+                self._capture(((*shape, is_staged), needs))
 
     @property
     def graph_bytes(self) -> int:
         """What they take."""
-        return sum(program.graph_bytes for program in self._captured.values() if program)
+        return sum(program.graph_bytes for program in self._captured.values())
 
     def close(self) -> None:
         """Free them, and let go of the model."""
@@ -103,30 +110,41 @@ class Programs:
         self._wanted.clear()
         del self._model
 
-    def _capture(self, key: Key) -> None:
-        bucket, prompt_tokens, needs, is_staged = key
-        twin = self._captured.get((bucket, prompt_tokens, needs, not is_staged))
-        how = {"is_staged": is_staged, "has_run": twin is not None, "pool": self._pool}
-        make: Callable[[], DecodeProgram]
-        if prompt_tokens:
-            make = partial(MixedProgram, self._model, bucket, prompt_tokens, needs, **how)
-        else:
-            make = partial(DecodeProgram, self._model, bucket, needs, **how)
+    def _capture(self, part: Part, has_room: Callable[[], bool] = lambda: True) -> None:
+        if not has_room():
+            self._refuse(part)
+            return
         try:
             try:
-                self._captured[key] = make()
+                self._make(*part)
             except torch.OutOfMemoryError:
                 # While capturing, torch gives back nothing of what it keeps for later.
                 torch.cuda.empty_cache()
-                self._captured[key] = make()
+                self._make(*part)
         except torch.OutOfMemoryError:
-            self._do_without(key)
+            self._refuse(part)
 
-    def _do_without(self, key: Key) -> None:
-        self._captured[key] = None
+    def _make(self, key: Key, needs: Needs | None) -> None:
+        if needs is not None:
+            if program := self._captured.get(key):
+                program.capture_sampling(needs)
+            return
+        bucket, prompt_tokens, is_staged = key
+        twin = self._captured.get((bucket, prompt_tokens, not is_staged))
+        how = {"is_staged": is_staged, "has_run": twin is not None, "pool": self._pool}
+        self._captured[key] = (
+            MixedProgram(self._model, bucket, prompt_tokens, **how)
+            if prompt_tokens
+            else DecodeProgram(self._model, bucket, **how)
+        )
+
+    def _refuse(self, part: Part) -> None:
+        self._refused.add(part)
+        (bucket, prompt_tokens, _), needs = part
         _log.warning(
-            "no memory for a CUDA graph of %d rows and %d tokens of prompts: they run without "
+            "no memory for a CUDA graph of %d rows and %d tokens of prompts: their %s run without "
             "one, slower; lower token_budget or device_kv_bytes, or raise gpu_memory",
-            key[0],
-            key[1],
+            bucket,
+            prompt_tokens,
+            "layers" if needs is None else "sampling kernels",
         )

@@ -12,8 +12,8 @@ import torch
 from pie_async.core import batch_shapes
 from pie_async.core.layout import KvLayout
 from pie_async.cuda import decode_program, fused_model, programs
-from pie_async.cuda.decode_program import graphable
-from pie_async.cuda.fused_model import DRAWN, GREEDY
+from pie_async.cuda.decode_program import DecodeProgram
+from pie_async.cuda.fused_model import DRAWN, GREEDY, takes_one_kernel
 from pie_async.cuda.fused_runner import FusedRunner, LaunchedPass, ReplayedPass
 from pie_async.cuda.profiling import PLAIN, WIDEST, largest_iteration, longest_prompt
 from pie_async.messages import RunIteration, TableUpdate
@@ -22,7 +22,7 @@ from pie_async.model import layers as layers_module
 from pie_async.model.config import read_config
 from pie_async.model.sampling import Needs
 from pie_async.model.weights import load_model
-from pie_async.sampling_params import SamplingParams
+from pie_async.sampling_params import SamplingParams, StructuredOutputs
 from tests.support.checkpoints import write_checkpoint
 from tests.support.direct_runner import DirectRunner
 
@@ -140,11 +140,11 @@ def serve(runner: DirectRunner) -> list:
     return found
 
 
-def serve_greedily(runner: DirectRunner) -> list:
+def serve_alike(runner: DirectRunner, sampling: SamplingParams) -> list:
     """One, two and three sequences, each staged and not."""
     found = []
     for lane, prompt in enumerate([[5, 6, 7], [9] * 11, [11, 12]]):
-        bindings = [runner.submit(lane, prompt, PLAIN)]
+        bindings = [runner.submit(lane, prompt, sampling)]
         for is_staged in (False, True, False):
             sampled, _ = runner.iterate(range(lane + 1), bindings=bindings, is_staged=is_staged)
             found.append(in_order(sampled))
@@ -186,8 +186,10 @@ def test_a_penalty_leaves_the_layers_to_the_graph_and_ends_with_its_sequence(dec
     for _ in range(3):
         one.iterate([0])  # lane 1 stays bound until another sequence takes it
     assert one.passes[-1] is ReplayedPass
-    decoding = {key for key in one.runner._programs._captured if not key[1]}
-    assert decoding == {(2, 0, None, False), (1, 0, GREEDY, False)}
+    programs = one.runner._programs._captured
+    assert {key for key in programs if not key[1]} == {(2, 0, False), (1, 0, False)}
+    assert not programs[2, 0, False]._samplings
+    assert set(programs[1, 0, False]._samplings) == {GREEDY}
 
 
 def test_what_a_row_that_only_feeds_its_prompt_would_have_said_is_not_counted(decoder) -> None:
@@ -250,19 +252,21 @@ def test_prompts_beside_decoding_are_replayed_too(decoder, prompt_sizes, samplin
     mine = Fused(decoder)
     same(tokens(mine), tokens(reference(decoder)))
     mixed = [key for key in mine.runner._programs._captured if key[1]]
-    assert {key[1] for key in mixed} == {16} and {key[3] for key in mixed} == {False, True}
+    assert {key[1] for key in mixed} == {16} and {key[2] for key in mixed} == {False, True}
     assert mine.passes.count(ReplayedPass) >= 5
 
 
 def test_few_ways_of_sampling_have_graphs_of_their_own() -> None:
-    found = {
-        graphable(Needs(draws=draws, top_k=k, top_p=top_p, top_logprobs=top))
+    ways = {
+        Needs(draws=draws, top_k=k, top_p=top_p, top_logprobs=top, masks=masks)
         for draws in (False, True)
         for k in range(50)
         for top_p in (False, True)
         for top in range(-1, 5)
+        for masks in (False, True)
     }
-    assert found == {GREEDY, DRAWN, None}
+    masked = {needs._replace(masks=True) for needs in (GREEDY, DRAWN)}
+    assert set(filter(takes_one_kernel, ways)) == {GREEDY, DRAWN} | masked
 
 
 @pytest.mark.parametrize("failures", [1, 2], ids=["at-first", "for-good"])
@@ -294,25 +298,86 @@ def test_no_graph_is_captured_where_the_card_has_no_room_for_one(decoder, caplog
     assert caplog.text.count("no memory for a CUDA graph of 1 rows") == 1
 
 
+@pytest.mark.parametrize("failures", [1, 2], ids=["at-first", "for-good"])
+def test_without_memory_for_sampling_in_a_graph_its_layers_are_replayed(
+    decoder, monkeypatch, caplog, failures: int
+) -> None:
+    capture, left = DecodeProgram.capture_sampling, [failures]
+
+    def refuse(program, needs):
+        if left[0]:
+            left[0] -= 1
+            raise torch.OutOfMemoryError("as the test asked")
+        capture(program, needs)
+
+    monkeypatch.setattr(DecodeProgram, "capture_sampling", refuse)
+    mine, theirs = Fused(decoder), reference(decoder)
+    tokens = [runner.generate([[5, 6, 7]], 6) for runner in (mine, theirs)]
+    assert tokens[0] == tokens[1]
+    assert mine.passes[2:] == [ReplayedPass] * 4
+    (program,) = mine.runner._programs._captured.values()
+    assert program.samples(GREEDY) is (failures == 1)
+    assert caplog.text.count("their sampling kernels run without one") == (failures == 2)
+    assert not mine.runner.wants_graphs
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8], ids=["greedy", "drawn"])
+def test_rows_under_masks_that_change_are_replayed_beside_others(
+    decoder, temperature: float
+) -> None:
+    guided = SamplingParams(
+        temperature=temperature, structured_outputs=StructuredOutputs(regex="a")
+    )
+
+    def tokens(runner: DirectRunner) -> list:
+        draw = torch.Generator().manual_seed(1)
+        words = -(-decoder.config.vocab_size // 32)
+        masks = torch.zeros(3, words, dtype=torch.int32, pin_memory=decoder.device.type == "cuda")
+        runner.runner.use_masks(masks)
+        bindings = [runner.submit(0, [5, 6, 7], guided), runner.submit(1, [8, 9], DRAW)]
+        found = []
+        for turn in range(8):
+            slot = turn % 3
+            masks[slot] = torch.randint(-(2**31), 2**31, (words,), generator=draw).int()
+            how = {"masks": {0: slot}, "is_staged": turn in (3, 5, 6)}
+            sampled = in_order(runner.iterate([0, 1], bindings=bindings, **how)[0])
+            (word, bit) = divmod(sampled[0].token, 32)
+            assert masks[slot, word] >> bit & 1, "not allowed by its mask"
+            found.append(sampled)
+            bindings = []
+        return found
+
+    mine = Fused(decoder)
+    same(tokens(mine), tokens(reference(decoder)))
+    for program in mine.runner._programs._captured.values():
+        assert program.samples(Needs(draws=True, masks=True))
+    assert mine.passes.count(ReplayedPass) == 5
+
+
 @pytest.mark.parametrize("streams", [False, True])
-def test_what_greedy_decoding_needs_is_captured_at_the_start(decoder, monkeypatch, streams) -> None:
-    """Staged iterations too, from kernels that have run by then: each shape is run once."""
-    runs: list[bool] = []
+def test_what_most_sampling_needs_is_captured_at_the_start(decoder, monkeypatch, streams) -> None:
+    """Staged iterations too, from kernels that have run by then: each shape's layers run once."""
+    layer_runs: list[bool] = []
     recorded = decode_program.capture
 
-    def capture(pieces, pool, *, have_run):
-        runs.append(not have_run)
-        return recorded(pieces, pool, have_run=have_run)
+    def capture(pieces, pool, **how):
+        if "have_run" in how:
+            layer_runs.append(not how["have_run"])
+        return recorded(pieces, pool, **how)
 
     monkeypatch.setattr(decode_program, "capture", capture)
     one = Fused(decoder, streams=streams)
     one.runner.warm_up()
-    captured = set(one.runner._programs._captured)
-    assert {key[3] for key in captured} == ({False, True} if streams else {False})
-    assert sum(runs) == len({key[:2] for key in captured})
-    same(serve_greedily(one), serve_greedily(reference(decoder)))
+    captured = one.runner._programs._captured
+    assert {key[2] for key in captured} == ({False, True} if streams else {False})
+    assert sum(layer_runs) == len({key[:2] for key in captured})
+    assert all(set(program._samplings) == {GREEDY, DRAWN} for program in captured.values())
+    same(serve_alike(one, PLAIN), serve_alike(reference(decoder), PLAIN))
     # Prompts are launched, and where staged iterations have no graphs from the start so are those.
     assert one.passes.count(ReplayedPass) == (6 if streams else 3)
+    one.passes.clear()
+    same(serve_alike(one, DRAW), serve_alike(reference(decoder), DRAW))
+    assert one.passes.count(ReplayedPass) == 6
 
 
 def test_a_launched_iteration_keeps_no_activations_until_it_is_over(decoder) -> None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import msgspec
 import torch
 from torch import Tensor
 
@@ -132,17 +133,19 @@ class DirectRunner:
         bindings: Sequence[LaneBinding] = (),
         chunk: int | None = None,
         tables: Sequence[TableUpdate] = (),
+        masks: Mapping[int, int] | None = None,
         is_staged: bool = False,
     ) -> tuple[tuple[SampledToken, ...], tuple[PromptLogprobs, ...]]:
         """One iteration with a row for each of these lanes, one layer group after the other.
 
         Args:
             tables: updates beside those of new blocks.
+            masks: by lane, the slot of the mask that it samples under.
         """
         rows, updates = [], list(tables)
         for lane in lanes:
             row, update = self.row(lane, chunk)
-            rows.append(row)
+            rows.append(msgspec.structs.replace(row, mask=(masks or {}).get(lane)))
             updates += update
         command = RunIteration(
             iteration=self._iteration,
