@@ -62,9 +62,9 @@ class Intake(msgspec.Struct, frozen=True):
         if guide is None:
             return
         if self.compiler.is_inline:
-            self.compiler.compile(guide)
+            self.compiler.check(guide)
         else:
-            await asyncio.to_thread(self.compiler.compile, guide)
+            await asyncio.to_thread(self.compiler.check, guide)
 
     def _encode(self, text: str) -> list[int]:
         self._check_chars(len(text))

@@ -34,6 +34,10 @@ if TYPE_CHECKING:
 MOST_KEPT = 128
 """Compiled guides that are kept for the next request that sends the same."""
 MOST_KEPT_CHARS = 4 * 2**20
+MOST_APART = 4
+"""Times that a guide is compiled, for as many threads to make its masks."""
+MOST_AGAIN_S = 0.01
+"""What takes longer to compile is compiled once: who sends it again would wait for that."""
 MOST_WAIT_S, MOST_EACH_S = 5e-3, 1e-4
 """Masks that took longer together are each said to have taken all of that time: one of them may be
 slow, and asked apart each is timed by itself. Up to there it may have been the interpreter, which
@@ -64,6 +68,21 @@ class Spelling(Protocol):
         ...
 
 
+class _Family:
+    """What one guide was compiled to, several times: copies of a matcher share a lock, and whoever
+    makes masks for many sequences of one guide would make one after the other."""
+
+    def __init__(self, compile_s: float) -> None:
+        self.compile_s = compile_s
+        self.matchers: list[LLMatcher] = []
+        self._num_copies = 0
+
+    def copy(self) -> LLMatcher:
+        """Of each in turn."""
+        self._num_copies += 1
+        return self.matchers[self._num_copies % len(self.matchers)].deep_copy()
+
+
 class GuideCompiler:
     """Compiles guides for one vocabulary. Safe to use from several threads.
 
@@ -89,7 +108,8 @@ class GuideCompiler:
         self._end_ids = tuple(sorted(end_ids))
         self._tokenizer: LLTokenizer | None = None
         self._lock = threading.Lock()
-        self._kept: OrderedDict[str, LLMatcher] = OrderedDict()
+        self._kept: OrderedDict[str, _Family] = OrderedDict()
+        self._most_apart = 1 if is_inline else min(MOST_APART, os.cpu_count() or 1)
         self._kept_chars = 0
 
     @functools.cached_property
@@ -108,27 +128,43 @@ class GuideCompiler:
                 self._tokenizer = self._spelling.guide_tokens(self._vocab_size, self._end_ids)
             return self._tokenizer
 
-    def compile(self, guide: StructuredOutputs) -> LLMatcher:
-        """A matcher at the start of an output.
+    def check(self, guide: StructuredOutputs) -> None:
+        """Compile it, if that has not been done yet.
 
         Raises:
             InvalidRequest: the guide is not valid, too complex, or nothing fits it; `param`
                 names the field.
         """
+        self._family(guide, most=1)
+
+    def compile(self, guide: StructuredOutputs) -> LLMatcher:
+        """A matcher at the start of an output. Raises as `check` does."""
+        family = self._family(guide, most=self._most_apart)
+        with self._lock:
+            return family.copy()
+
+    def _family(self, guide: StructuredOutputs, *, most: int) -> _Family:
+        """Its matchers: one more, if there are fewer than `most` and it is soon done."""
         param = f"structured_outputs.{guide.kind}"
         try:
             source = _source(guide)
         except ValueError as error:
             raise InvalidRequest(f"{param} cannot be used: {error}", param=param) from None
         with self._lock:
-            if source in self._kept:
+            family = self._kept.get(source)
+            if family is not None:
                 self._kept.move_to_end(source)
-                return self._kept[source].deep_copy()
+                if len(family.matchers) >= most or family.compile_s > MOST_AGAIN_S:
+                    return family
+        began_s = time.thread_time()
         matcher = self._compiled(source, param)
+        took_s = time.thread_time() - began_s
         with self._lock:
             if source not in self._kept:
-                self._keep(source, matcher)
-        return matcher.deep_copy()
+                self._keep(source, _Family(took_s))
+            family = self._kept[source]
+            family.matchers.append(matcher)
+            return family
 
     def _compiled(self, source: str, param: str) -> LLMatcher:
         from llguidance import LLMatcher, LLParserLimits
@@ -145,8 +181,8 @@ class GuideCompiler:
             raise InvalidRequest(f"{param} cannot be used: {why}", param=param)
         return matcher
 
-    def _keep(self, source: str, matcher: LLMatcher) -> None:
-        self._kept[source] = matcher
+    def _keep(self, source: str, family: _Family) -> None:
+        self._kept[source] = family
         self._kept_chars += len(source)
         while len(self._kept) > MOST_KEPT or self._kept_chars > MOST_KEPT_CHARS:
             self._kept_chars -= len(self._kept.popitem(last=False)[0])
@@ -271,7 +307,8 @@ class ThreadedGuides:
     """`Guides` whose masks are made in threads of their own.
 
     Several that are asked for together have one thread, which never waits behind one that is asked
-    for alone, and llguidance's own threads.
+    for alone, and llguidance's own threads. Guides compiled from the same source share a lock
+    there, and are made one after the other; so those are compiled several times.
     """
 
     def __init__(self, room: GuideRoom) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
+import os
 import threading
 
 import msgspec
@@ -17,7 +19,14 @@ from pie_async.errors import InvalidRequest
 from pie_async.ids import Lane, MaskSlot, SequenceId
 from pie_async.messages import LaneBinding, MaskMade, MaskOrder
 from pie_async.model.checkpoint import resolve_model
-from pie_async.model.guides import GuideCompiler, GuideRoom, ThreadedGuides, mask_shape
+from pie_async.model.guides import (
+    MOST_AGAIN_S,
+    MOST_APART,
+    GuideCompiler,
+    GuideRoom,
+    ThreadedGuides,
+    mask_shape,
+)
 from pie_async.model.sampling import LaneSampler
 from pie_async.model.tokenizer import Tokenizer
 from pie_async.sampling_params import SamplingParams
@@ -243,13 +252,26 @@ def test_a_models_own_vocabulary_and_end(builtin: Tokenizer):
     assert all("thou".startswith(text[:4]) for text in texts - ends)
 
 
-def test_the_same_guide_is_compiled_once(compiler, monkeypatch):
+@pytest.mark.parametrize(
+    ("compile_s", "most"), [(0.0, min(MOST_APART, os.cpu_count() or 1)), (2 * MOST_AGAIN_S, 1)]
+)
+def test_a_guide_is_compiled_a_few_times_if_that_is_soon_done(monkeypatch, compile_s, most):
+    clock = itertools.count(0.0, compile_s)
+    monkeypatch.setattr("pie_async.model.guides.time.thread_time", lambda: next(clock))
+    compiler = GuideCompiler(ByteTokenizer(VOCAB), VOCAB, ())
+    compiled = []
+    compile_one = compiler._compiled
+    monkeypatch.setattr(
+        compiler, "_compiled", lambda *given: compiled.append(given) or compile_one(*given)
+    )
     guide = StructuredOutputs(regex="abc{3}")
-    first = compiler.compile(guide)
-    first.consume_token(ord("a"))
-    monkeypatch.setattr(compiler, "_compiled", None)  # would fail if it were called
-    again = compiler.compile(guide)
-    assert again.consume_token(ord("a")), "a copy of its own, at the beginning"
+    for _ in range(3):
+        compiler.check(guide)
+    assert len(compiled) == 1
+    for _ in range(2 * MOST_APART):
+        matcher = compiler.compile(guide)
+        assert matcher.consume_token(ord("a")), "a copy of its own, at the beginning"
+    assert len(compiled) == most
 
 
 def test_white_space_between_tokens_of_json_has_an_end(compiler):
