@@ -1,0 +1,88 @@
+"""What the first requests after a start meet: gaps between tokens, and times to first token.
+
+    python scripts/bench_cold.py [--device cuda] [--rate 20] [--seconds 20] [--temperature 1]
+
+Requests arrive as a Poisson process from the moment in which the engine says that it is ready,
+with prompts of 30 to 400 tokens and answers of 50 to 300. What an engine compiles, captures or
+tunes only once it is wanted shows here, and nowhere later.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import random
+import time
+from itertools import pairwise
+
+import uvloop
+
+from pie_async import Engine, SamplingParams
+from pie_async.config import EngineConfig, parse_size
+from pie_async.measurements import RequestTimes, percentile
+
+PROMPT_TOKENS, OUTPUT_TOKENS = (30, 400), (50, 300)
+QUANTILES = (50, 90, 99, 99.9, 100)
+
+
+async def measure(
+    config: EngineConfig, *, rate: float, seconds: float, temperature: float, seed: int = 0
+) -> list[RequestTimes]:
+    """Of all requests that came within so many seconds of the start."""
+    draw = random.Random(seed)
+    clock = time.perf_counter
+
+    async def one(request: RequestTimes, prompt: list[int], params: SamplingParams) -> None:
+        async for output in engine.generate(prompt, params):
+            request.arrived(clock(), sum(len(choice.token_ids) for choice in output.outputs))
+        request.finished_s = clock()
+
+    requests: list[RequestTimes] = []
+    async with Engine(config) as engine, asyncio.TaskGroup() as group:
+        began_s = clock()
+        while clock() < began_s + seconds:
+            length = draw.randrange(*PROMPT_TOKENS)
+            prompt = draw.choices(range(10, engine.model.vocab_size), k=length)
+            params = SamplingParams(
+                max_tokens=draw.randrange(*OUTPUT_TOKENS),
+                temperature=temperature,
+                ignore_eos=True,
+                output_kind="delta",
+            )
+            requests.append(RequestTimes(submitted_s=clock(), prompt_tokens=length))
+            group.create_task(one(requests[-1], prompt, params))
+            await asyncio.sleep(draw.expovariate(rate))
+    return requests
+
+
+def main() -> None:
+    """Measure one start, and print quantiles in milliseconds."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--model", default="llama-3.1-8b")
+    parser.add_argument("--load-format", default="random")
+    parser.add_argument("--kv", default="8GiB", help="device memory for KV")
+    parser.add_argument("--rate", type=float, default=20.0, help="requests/s")
+    parser.add_argument("--seconds", type=float, default=20.0)
+    parser.add_argument("--temperature", type=float, default=1.0)
+    given = parser.parse_args()
+    config = EngineConfig(
+        model=given.model,
+        device=given.device,
+        load_format=given.load_format,
+        device_kv_bytes=parse_size(given.kv, option="--kv"),
+        host_pool_bytes=0,
+    )
+    how = {"rate": given.rate, "seconds": given.seconds, "temperature": given.temperature}
+    requests = uvloop.run(measure(config, **how))
+    gaps_s = [b - a for request in requests for a, b in pairwise(request.token_s)]
+    print(f"{len(requests)} requests; ms at {', '.join(f'p{q:g}' for q in QUANTILES)}")
+    for name, seen_s in (("gaps", gaps_s), ("TTFT", [each.ttft_s for each in requests])):
+        found = (1e3 * percentile(sorted(seen_s), q) for q in QUANTILES)
+        print(f"{name:5}", " ".join(f"{ms:8.2f}" for ms in found))
+
+
+if __name__ == "__main__":
+    main()
