@@ -46,14 +46,28 @@ def test_transparency_compares_each_share_with_nothing_streamed(tmp_path, monkey
     assert "streamed_bytes" in capsys.readouterr().out
 
 
+def test_transparency_refuses_a_batch_that_outgrows_the_device(tmp_path, monkeypatch):
+    arguments = [
+        *BUILTIN, "--batch", "3", "--context", "96", "--iterations", "60", "--shares", "0.5",
+        "--kv", "4MiB", "--host-pool", "32MiB", "--results", str(tmp_path),
+        "--set", "cpu_threads=1", "--set", "max_model_len=1500",
+    ]  # fmt: skip
+    monkeypatch.setattr("sys.argv", ["transparency", *arguments])
+    with pytest.raises(
+        SystemExit, match=r"sequences of 376 tokens take .* device has 3.9 MiB.*--kv"
+    ):
+        transparency.main()
+    assert not list(tmp_path.iterdir())
+
+
 def test_throughput_runs_one_load_in_every_mode(tmp_path, monkeypatch):
     arguments = [
         *BUILTIN, "--kv", "2MiB", "--host-pool", "32MiB", "--requests", "6", "--context", "128",
-        "--results", str(tmp_path), "--set", "cpu_threads=1",
+        "--results", str(tmp_path), "--set", "cpu_threads=1", "--name", "2.0MiB",
     ]  # fmt: skip
     monkeypatch.setattr("sys.argv", ["throughput", *arguments])
     throughput.main()
-    rows = {row["mode"]: row for row in rows_of(tmp_path, "throughput")}
+    rows = {row["mode"]: row for row in rows_of(tmp_path, "2.0MiB")}
     assert list(rows) == ["off", "parking", "pie"]
     assert {row["requests"] for row in rows.values()} == {6}
     assert {row["kv_bytes"] for row in rows.values()} == {2 * MIB}

@@ -8,7 +8,7 @@ kernels one by one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
 import torch
@@ -129,11 +129,11 @@ class FusedRunner:
     @torch.inference_mode()
     def warm_up(self) -> None:
         """Compile the kernels and capture the graphs."""
-        for needs in (DRAWN, GREEDY):
-            self._run_padding(min(_WARM_UP_TOKENS, self._max_tokens), needs)
-            if self._model.lanes.sampler.has_masks:  # few rows and many are two kernels
-                for num_tokens in {PAD_TOKENS, min(_WARM_UP_TOKENS, self._max_tokens)}:
-                    self._run_padding(num_tokens, needs._replace(masks=True))
+        ways = [DRAWN, GREEDY]
+        if self._model.lanes.sampler.has_masks:
+            ways += [needs._replace(masks=True) for needs in ways]
+        for num_tokens in {PAD_TOKENS, min(_WARM_UP_TOKENS, self._max_tokens)}:
+            self._run_padding(num_tokens, ways)  # sampling few rows and many is two kernels
         self._programs.capture_all()
 
     def close(self) -> None:
@@ -155,15 +155,17 @@ class FusedRunner:
         forward.run_layers(range(model.layout.num_layers))
         forward.sample()
 
-    def _run_padding(self, num_tokens: int, needs: Needs) -> None:
-        """A pass over nothing but padding: touches no KV."""
+    def _run_padding(self, num_tokens: int, ways: Iterable[Needs]) -> None:
+        """A pass over nothing but padding, sampled in all these ways: touches no KV."""
         model = self._model
         fed = model.fed_tokens(num_tokens, 0)
         model.upload(fed, (), {})
         tiles = torch.full((1, 4), -1, dtype=torch.int32, device=model.device)
         step, hidden = model.embed(fed, decode_tokens=0, tiles=tiles)
         model.run_layers(range(model.layout.num_layers), hidden, step)
-        model.choose(model.head_input(hidden), fed.lanes, fed.positions, needs)
+        head_input = model.head_input(hidden)
+        for needs in ways:
+            model.choose(head_input, fed.lanes, fed.positions, needs)
 
 
 class LaunchedPass(Results):

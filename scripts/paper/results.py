@@ -37,7 +37,8 @@ class Results:
         self, name: str, folder: Path, facts: dict[str, Any], plot: Plot | None = None
     ) -> None:
         self.rows: list[msgspec.Struct] = []
-        self._path = folder / name
+        self._folder = folder
+        self._name = name
         self._plot = plot
         self._facts = {
             "experiment": name,
@@ -71,15 +72,18 @@ class Results:
             return
         figure = Figure(figsize=(9, 5), layout="constrained")
         self._plot(figure, self.rows)
-        figure.savefig(self._path.with_suffix(".png"), dpi=150)
-        print(f"wrote {self._path}.csv, .json and .png")
+        figure.savefig(self._file("png"), dpi=150)
+        print(f"wrote {self._folder / self._name}.csv, .json and .png")
+
+    def _file(self, ending: str) -> Path:
+        return self._folder / f"{self._name}.{ending}"
 
     def _write(self) -> None:
-        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._folder.mkdir(parents=True, exist_ok=True)
         listed = [_fields(row) for row in self.rows]
         everything = msgspec.json.encode({**self._facts, "rows": listed})
-        self._path.with_suffix(".json").write_bytes(msgspec.json.format(everything, indent=1))
-        with self._path.with_suffix(".csv").open("w", newline="") as file:
+        self._file("json").write_bytes(msgspec.json.format(everything, indent=1))
+        with self._file("csv").open("w", newline="") as file:
             writer = csv.DictWriter(file, fieldnames=list(listed[0]))
             writer.writeheader()
             writer.writerows(listed)

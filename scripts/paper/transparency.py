@@ -23,7 +23,7 @@ import msgspec
 import uvloop
 
 from pie_async import Engine, SamplingParams
-from pie_async.config import EngineConfig, parse_size
+from pie_async.config import EngineConfig, format_size, parse_size
 from pie_async.metrics import EngineStats
 from pie_async.request_stream import RequestStream
 from scripts._bench_gpu.breakdown import Breakdown, profiled
@@ -108,12 +108,29 @@ def main() -> None:
 async def _measure(given: argparse.Namespace, results: Results, batch: int, context: int) -> None:
     engine = Engine(_config(given, batch))
     async with engine:
+        _check_room(given, engine, batch, context)
         freeze()
         async with aclosing(_Batch(engine, batch, context, given.seed)) as running:
             await running.start()
             async for point in _points(running, given, batch, context):
                 results.add(point)
     thaw()
+
+
+def _check_room(given: argparse.Namespace, engine: Engine, batch: int, context: int) -> None:
+    """SystemExit where the batch would outgrow the device's memory before the last window."""
+    windows = 2 + 2 * len(given.shares)
+    tokens = context + windows * (SETTLING_ITERATIONS + given.iterations)
+    layout = engine.layout
+    needed, there = batch * -(-tokens // layout.block_tokens), engine.stats().device_blocks
+    if needed > there:
+        raise SystemExit(
+            f"--batch {batch} --context {context}: by the last window sequences of {tokens} tokens "
+            f"take {format_size(needed * layout.block_bytes)} of KV, and the device has "
+            f"{format_size(there * layout.block_bytes)}; all must fit, or something else is "
+            "measured. Raise --kv, or lower --batch, --context, --iterations or the number of "
+            "--shares"
+        )
 
 
 async def _points(
