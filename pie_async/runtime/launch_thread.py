@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections import deque
 from collections.abc import Callable
 from queue import SimpleQueue
 
 Work = Callable[[], None]
+MOST_WAIT_S = 2e-3
+"""That the loop lets the thread work undisturbed. Most iterations are issued in less; a prompt
+whose kernels are launched one by one takes more, and the loop goes on beside it."""
 
 
 class LaunchThread:
@@ -17,22 +19,27 @@ class LaunchThread:
     def __init__(self, *, enter: Callable[[], None]) -> None:
         """`enter`: what the thread does first."""
         self._enter = enter
-        self._works: SimpleQueue[Work | None] = SimpleQueue()
+        self._works: SimpleQueue[tuple[Work, threading.Event] | None] = SimpleQueue()
         self._next: deque[Work] = deque()  # launch thread only
+        self._is_busy = False
         self._thread = threading.Thread(target=self._run, name="pie-launch", daemon=True)
 
     def start(self) -> None:
         self._thread.start()
 
     def launch(self, work: Work) -> None:
-        """Hand over; called on the loop.
+        """Hand over, and stand still until it is done, `MOST_WAIT_S` at most; called on the loop.
 
-        The thread begins at once: the interpreter is let go of for that. Otherwise it would begin
-        when the loop next waits, after readers have been told of a hundred tokens, with the device
-        idle meanwhile (`scripts/bench_launch.py`).
+        Issuing an iteration takes a millisecond and some fifty calls of the driver. Each of them
+        lets go of the interpreter, and gets it back late: when the loop next waits, after readers
+        have been told of a hundred tokens. By then the device may have nothing left to do
+        (`scripts/bench_launch.py`). Who finds the thread at work does not wait.
         """
-        self._works.put(work)
-        time.sleep(0)
+        done, was_busy = threading.Event(), self._is_busy
+        self._is_busy = True
+        self._works.put((work, done))
+        if not was_busy:
+            done.wait(MOST_WAIT_S)
 
     def follow(self, work: Work) -> None:
         """Do this right after the work that is being done, before all that was handed over; called
@@ -47,7 +54,11 @@ class LaunchThread:
 
     def _run(self) -> None:
         self._enter()
-        while (work := self._works.get()) is not None:
+        while (handed := self._works.get()) is not None:
+            work, done = handed
             work()
+            self._is_busy = bool(self._next)
+            done.set()
             while self._next:
                 self._next.popleft()()
+            self._is_busy = not self._works.empty()

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import threading
 import time
+import zlib
 
 import pytest
 
-from pie_async.runtime.launch_thread import LaunchThread
+from pie_async.runtime.launch_thread import MOST_WAIT_S, LaunchThread
 
 
 def test_work_is_done_in_order_and_to_the_end_in_a_thread_that_was_entered() -> None:
@@ -59,3 +60,53 @@ def test_work_begins_though_the_loop_goes_on_in_python() -> None:
         delays_s.append(began[0] - handed_s)
     thread.close()
     assert sorted(delays_s)[5] < 0.003
+
+
+@pytest.mark.realtime
+def test_the_loop_stands_still_until_it_is_issued_but_not_for_long() -> None:
+    thread = LaunchThread(enter=lambda: None)
+    thread.start()
+    issued: list[str] = []
+    thread.launch(lambda: (time.sleep(0.0005), issued.append("soon")))
+    assert issued == ["soon"]
+    go_on = threading.Event()
+    thread.launch(lambda: (go_on.wait(10), issued.append("late")))
+    assert issued == ["soon"]
+    handed_s = time.perf_counter()
+    for _ in range(100):
+        thread.launch(lambda: issued.append("behind it"))
+    assert time.perf_counter() - handed_s < 50 * MOST_WAIT_S
+    go_on.set()
+    while len(issued) < 102:
+        time.sleep(0.001)
+    thread.launch(lambda: issued.append("again"))
+    assert issued[-1] == "again"
+    thread.close()
+    assert issued[:3] == ["soon", "late", "behind it"]
+
+
+@pytest.mark.realtime
+def test_work_that_lets_go_of_the_interpreter_is_done_before_the_loop_goes_on() -> None:
+    """Each call of a driver does; fifty of them would each wait for a loop that is busy."""
+    thread = LaunchThread(enter=lambda: None)
+    thread.start()
+    block = bytes(20_000)
+    took_s = []
+    for _ in range(20):
+        time.sleep(0.001)
+        handed_s = time.perf_counter()
+        done: list[float] = []
+
+        def work(done: list[float] = done) -> None:
+            for _ in range(50):
+                zlib.crc32(block)
+            done.append(time.perf_counter())
+
+        thread.launch(work)
+        while time.perf_counter() - handed_s < 0.004:
+            pass
+        while not done:
+            time.sleep(0.0005)
+        took_s.append(done[0] - handed_s)
+    thread.close()
+    assert sorted(took_s)[10] < 0.003
