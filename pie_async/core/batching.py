@@ -170,7 +170,7 @@ class _Batch:
             return False
         if self._schedule.growth_reserve == 0:
             return True
-        if self._schedule.awaits_prefix(seq):
+        if self._schedule.sharing.awaits_prefix(seq, self._schedule.running):
             return False
         promised = self._promised_blocks
         return pressure.blocks_to_admit(self._schedule, seq, promised=promised) is not None

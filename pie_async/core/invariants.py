@@ -129,7 +129,7 @@ def _check_sequence(schedule: Schedule, seq: Sequence) -> None:
         _require(not unsealed, f"{name} writes to blocks that are not resident: {unsealed}")
         open_copies = [b.id for b in seq.table if not b.is_sealed and b.host_slot is not None]
         _require(not open_copies, f"{name} writes to blocks with pooled copies: {open_copies}")
-    if schedule.shares_prefixes:
+    if schedule.sharing.is_on:
         _check_digests(schedule, seq)
 
 
@@ -137,7 +137,7 @@ def _check_digests(schedule: Schedule, seq: Sequence) -> None:
     """Its sealed blocks hold its tenant's KV of its own tokens, whoever computed them."""
     digest = seq.prefix_root
     for index, block in enumerate(seq.table[: seq.num_sealed]):
-        digest = schedule.hasher.digest(digest, seq.tokens, index)
+        digest = schedule.sharing.hasher.digest(digest, seq.tokens, index)
         _require(
             block.digest == digest,
             f"sequence {seq.id} has other tokens than block {block.id} at {index} of its table",

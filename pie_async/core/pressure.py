@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from pie_async.core.queues import is_read_by_running, is_readable
 from pie_async.core.residency import Block
-from pie_async.core.schedule import Schedule, is_read_by_running, is_readable
+from pie_async.core.schedule import Schedule
 from pie_async.core.sequence import Sequence
 from pie_async.messages import BlockMove
 
@@ -44,7 +45,7 @@ def blocks_to_admit(schedule: Schedule, seq: Sequence, *, promised: int = 0) -> 
     spare = room(schedule) - schedule.growth_reserve - promised
     blocks = schedule.blocks_for(len(seq.tokens))
     if blocks > spare > 0:
-        blocks -= schedule.num_shared_blocks(seq)
+        blocks -= schedule.sharing.num_shared_blocks(seq)
     return blocks if blocks <= spare else None
 
 
@@ -118,7 +119,11 @@ def _admission_blocks(schedule: Schedule) -> int:
         return 0
     blocks: int | None = schedule.blocks_for(len(seq.tokens))
     if schedule.running:
-        blocks = None if schedule.awaits_prefix(seq) else blocks_to_admit(schedule, seq)
+        blocks = (
+            None
+            if schedule.sharing.awaits_prefix(seq, schedule.running)
+            else blocks_to_admit(schedule, seq)
+        )
     return min(blocks or 0, schedule.token_budget // schedule.block_tokens + 1)
 
 

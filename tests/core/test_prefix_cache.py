@@ -130,7 +130,7 @@ def test_cached_blocks_give_way_the_least_recently_used_first():
 def test_of_one_chain_the_tail_goes_before_its_head():
     device = a_device(device_slots=8)
     ran(device, range(40, 61))
-    cache, hasher = device.schedule.residency.cache, device.schedule.hasher
+    cache, hasher = device.schedule.residency.cache, device.schedule.sharing.hasher
     digests = [hasher.root(None)]
     for index in range(5):
         digests.append(hasher.digest(digests[-1], list(range(40, 61)), index))
@@ -176,7 +176,7 @@ def test_content_that_a_twin_was_read_from_is_recently_used():
         device.step()
     ran(device, range(60, 68))
     device.run()
-    cache, hasher = device.schedule.residency.cache, device.schedule.hasher
+    cache, hasher = device.schedule.residency.cache, device.schedule.sharing.hasher
     root = hasher.root(None)
     heads = [hasher.digest(root, list(range(start, start + 4)), 0) for start in (40, 60)]
     order = [block.digest for block, _ in cache.cached() if block.digest in heads]
@@ -193,7 +193,7 @@ def computed(device: PerfectDevice) -> int:
 
 def test_prompts_that_come_together_and_begin_alike_are_computed_once():
     device = a_device(device_slots=64)
-    device.schedule.worth_awaiting_tokens = 8
+    device.schedule.sharing.worth_awaiting_tokens = 8
     for tail in range(5):
         device.submit([*range(40, 60), tail], 3)
     assert [row.num_tokens for row in device.plan().rows] == [21]
@@ -217,7 +217,7 @@ def test_prompts_that_come_together_and_begin_alike_are_computed_once():
 )
 def test_what_could_not_share_enough_does_not_wait(other, options: dict):
     device = a_device(device_slots=64)
-    device.schedule.worth_awaiting_tokens = 8
+    device.schedule.sharing.worth_awaiting_tokens = 8
     device.submit(range(40, 60), 3)
     device.submit(other, 3, **options)
     assert [row.num_tokens for row in device.plan().rows] == [20, len(list(other))]
@@ -226,7 +226,7 @@ def test_what_could_not_share_enough_does_not_wait(other, options: dict):
 
 def test_who_waits_for_a_prefix_computes_it_if_the_other_goes_away():
     device = a_device(device_slots=64, token_budget=8)
-    device.schedule.worth_awaiting_tokens = 8
+    device.schedule.sharing.worth_awaiting_tokens = 8
     first, second = (device.submit(range(40, 64), 3)[0] for _ in range(2))
     assert [row.sequence for row in device.plan().rows] == [first]
     device.cancel(first)
@@ -351,7 +351,7 @@ def _history(seed: int, *, is_shared: bool) -> tuple[list[list[int]], int]:
         token_budget=dice.choice([6, 64]),
         shares_prefixes=is_shared,
     )
-    schedule.worth_awaiting_tokens = dice.choice([1, 8, 1000])
+    schedule.sharing.worth_awaiting_tokens = dice.choice([1, 8, 1000])
     device = PerfectDevice(schedule)
     longest = (device_slots + host_slots - 3) * BLOCK_TOKENS
     talks = [[dice.randrange(2)] * 9 for _ in range(6)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pie_async.core.schedule import GROWTH_PER_END, GROWTH_PER_PARKING, LEAST_GROWTH_BLOCKS
+from pie_async.core.growth import GROWTH_PER_END, GROWTH_PER_PARKING, LEAST_GROWTH_BLOCKS
 from pie_async.core.sequence import LEGAL_MOVES, Sequence, State
 from pie_async.ids import SequenceId
 from pie_async.messages import PoolGrown
@@ -371,11 +371,11 @@ def test_parking_makes_admission_leave_more_room_to_grow_and_ends_less():
     assert schedule.growth_reserve == 2, "a block for each"
     parked = schedule.running[-1]
     schedule.park(parked)
-    assert schedule.growth_blocks == LEAST_GROWTH_BLOCKS + GROWTH_PER_PARKING
-    before = schedule.growth_blocks
+    assert schedule.growth.blocks == LEAST_GROWTH_BLOCKS + GROWTH_PER_PARKING
+    before = schedule.growth.blocks
     schedule.cancel([parked.id], "abort")
-    assert schedule.growth_blocks == before - GROWTH_PER_END
+    assert schedule.growth.blocks == before - GROWTH_PER_END
     for _ in range(50):
         device.submit(4, 1)
     device.run()
-    assert schedule.growth_blocks == LEAST_GROWTH_BLOCKS
+    assert schedule.growth.blocks == LEAST_GROWTH_BLOCKS

@@ -47,7 +47,7 @@ class ScheduleMachine(RuleBasedStateMachine):
     )
     def build(self, iterations_in_flight, worth_awaiting_tokens, **memory):
         self.schedule = a_schedule(**memory)
-        self.schedule.worth_awaiting_tokens = worth_awaiting_tokens
+        self.schedule.sharing.worth_awaiting_tokens = worth_awaiting_tokens
         self.device = PerfectDevice(self.schedule, iterations_in_flight=iterations_in_flight)
         longest = memory["device_slots"] + memory["host_slots"] - SPARE_SLOTS
         self.longest = longest * BLOCK_TOKENS
@@ -205,7 +205,7 @@ class _History:
             token_budget=dice.choice([1, 6, 16, 64]),
             max_running=dice.choice([1, 2, 5]),
         )
-        self.schedule.worth_awaiting_tokens = dice.choice([1, 8, 1000])
+        self.schedule.sharing.worth_awaiting_tokens = dice.choice([1, 8, 1000])
         self.device = PerfectDevice(self.schedule, iterations_in_flight=dice.choice([1, 2]))
         self.restlessness = dice.choice([0, 1, 4])
         """How often readers stop and go on."""

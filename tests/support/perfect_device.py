@@ -320,7 +320,7 @@ def assert_all_returned(schedule: Schedule) -> None:
     for pool in (residency.host, residency.staging, schedule.lanes):
         assert pool.num_used == 0, f"{pool.num_used} {pool.name} slots did not return"
     assert len(residency.blocks) == len(residency.cache.index) == num_cached
-    assert schedule.shares_prefixes or not num_cached
+    assert schedule.sharing.is_on or not num_cached
     assert not residency.streamed
     assert not residency.clean_resident
     assert (schedule.num_waiting, schedule.waiting_blocks) == (0, 0)
