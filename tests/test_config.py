@@ -7,13 +7,21 @@ import math
 import pytest
 
 from pie_async.assembly.sizing import (
-    MAX_STREAMED_BYTES,
-    PEER_MAX_STREAMED_BYTES,
     count_staging_slots,
     default_limits,
     model_layout,
 )
-from pie_async.config import GIB, KIB, MIB, EngineConfig, format_size, parse_pool, parse_size
+from pie_async.config import (
+    GIB,
+    KIB,
+    MAX_STREAMED_BYTES,
+    MIB,
+    PEER_MAX_STREAMED_BYTES,
+    EngineConfig,
+    format_size,
+    parse_pool,
+    parse_size,
+)
 from pie_async.errors import ConfigError
 
 

@@ -5,7 +5,14 @@ from __future__ import annotations
 from typing import Protocol
 
 from pie_async.assembly.parts import Limits
-from pie_async.config import DEVICE_KV_BYTES, GIB, EngineConfig, format_size, parse_pool
+from pie_async.config import (
+    DEVICE_KV_BYTES,
+    MAX_STREAMED_BYTES,
+    PEER_MAX_STREAMED_BYTES,
+    EngineConfig,
+    format_size,
+    parse_pool,
+)
 from pie_async.core.layout import KvLayout, count_groups
 from pie_async.core.token_budget import UNLIMITED_TOKENS
 from pie_async.errors import ConfigError
@@ -20,11 +27,6 @@ cost time: every one is a graph and two waits."""
 RING_DEPTH = 2
 """Layer groups in the staging ring, unless configured: one is read while the next is filled. A
 third gains nothing: an H200's iterations were 1.044 instead of 1.033 to 1.039 of resident ones."""
-MAX_STREAMED_BYTES = 2 * GIB
-"""What PCIe 5 moves in 40 ms: more than hides behind the iterations of most loads."""
-PEER_MAX_STREAMED_BYTES = 12 * GIB
-"""The same for a pool in another GPU: what NVLink moves in 32 ms. Where the ring limits what is
-streamed, blocks find no staging slot of their own number, and copies become many."""
 SPARE_SLOTS = 3
 """Slots that one sequence alone cannot fill: its next block, and copies under way."""
 

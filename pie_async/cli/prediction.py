@@ -14,7 +14,14 @@ from typing import TypeVar
 import msgspec
 
 from pie_async.cli.load import EngineTarget, Prompts, put_load
-from pie_async.config import GIB, MIB, EngineConfig, format_size
+from pie_async.config import (
+    GIB,
+    MAX_STREAMED_BYTES,
+    MIB,
+    PEER_MAX_STREAMED_BYTES,
+    EngineConfig,
+    format_size,
+)
 from pie_async.device.cost_model import (
     Link,
     ModelShape,
@@ -39,7 +46,6 @@ RING_SHARE = 0.25
 """Of what one iteration may stream; the staging ring takes it from the arena."""
 NEAR_BYTES_PER_S = 150e9
 """Links above this stream more in an iteration, as with a pool in another GPU."""
-NEAR_STREAMED_BYTES, FAR_STREAMED_BYTES = 12 * GIB, 2 * GIB
 STEADY_FROM, STEADY_TO = 0.25, 0.75
 """Of the output: between them throughput is steady, the batch neither fills nor runs dry."""
 LATENCY_LOAD = 0.9
@@ -178,7 +184,7 @@ async def predict(
 def _most_streamed(link: Link, kv_bytes: int) -> int:
     """In an iteration; where KV is little, no more than leaves half of it beside the ring."""
     is_near = link.bytes_per_s > NEAR_BYTES_PER_S
-    return min(NEAR_STREAMED_BYTES if is_near else FAR_STREAMED_BYTES, 2 * kv_bytes)
+    return min(PEER_MAX_STREAMED_BYTES if is_near else MAX_STREAMED_BYTES, 2 * kv_bytes)
 
 
 def _config(
