@@ -121,6 +121,8 @@ def _check_room(given: argparse.Namespace, engine: Engine, batch: int, context: 
     """SystemExit where the batch would outgrow the device's memory before the last window."""
     windows = 2 + 2 * len(given.shares)
     tokens = context + windows * (SETTLING_ITERATIONS + given.iterations)
+    if given.profile:
+        tokens += (1 + len(given.shares)) * PROFILED_ITERATIONS
     layout = engine.layout
     needed, there = batch * -(-tokens // layout.block_tokens), engine.stats().device_blocks
     if needed > there:
@@ -145,15 +147,14 @@ async def _points(
     link = probe.stats.h2d_bytes / probe.stats.h2d_busy_s
     await running.stream(0)
     before = await running.window(iterations)
+    if given.profile:
+        await _profile(running, "resident")
     for share in given.shares:
         blocks = max(1, round(share * link * before.iteration_s / block_bytes))
         await running.stream(blocks)
         seen = await running.window(iterations)
         if given.profile:
-            found: list[Breakdown] = []
-            with profiled(found):
-                await running.window(PROFILED_ITERATIONS)
-            print(_told(found[0], PROFILED_ITERATIONS), flush=True)
+            await _profile(running, f"{blocks} blocks streamed")
         await running.stream(0)
         after = await running.window(iterations)
         resident_s = (before.iteration_s + after.iteration_s) / 2
@@ -257,12 +258,17 @@ class _Batch:
                 pass
 
 
-def _told(seen: Breakdown, iterations: int) -> str:
-    """Microseconds by iteration; copies run beside the rest."""
+async def _profile(running: _Batch, what: str) -> None:
+    """Say where the time goes: microseconds by iteration; copies run beside the rest."""
+    found: list[Breakdown] = []
+    with profiled(found):
+        await running.window(PROFILED_ITERATIONS)
+    seen = found[0]
     parts = {**seen.by_class_s, "idle": seen.idle_s, "in all": seen.window_s}
-    return "profiled: " + ", ".join(
-        f"{name} {1e6 * seconds / iterations:.0f} us" for name, seconds in parts.items()
+    told = (
+        f"{name} {1e6 * seconds / PROFILED_ITERATIONS:.0f} us" for name, seconds in parts.items()
     )
+    print(f"profiled, {what}: {', '.join(told)}", flush=True)
 
 
 def _difference(last: EngineStats, first: EngineStats) -> EngineStats:
