@@ -8,7 +8,7 @@ from collections.abc import Callable
 from queue import SimpleQueue
 
 Work = Callable[[], None]
-MOST_WAIT_S = 2e-3
+MOST_WAIT_S = 3e-3
 """That the loop lets the thread work undisturbed. Most iterations are issued in less; a prompt
 whose kernels are launched one by one takes more, and the loop goes on beside it."""
 
