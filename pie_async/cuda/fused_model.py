@@ -19,6 +19,7 @@ from pie_async.messages import LaneBinding, Row
 from pie_async.model.decoder import Decoder
 from pie_async.model.lanes import Lanes
 from pie_async.model.sampling import Needs, Sampled, TokenLogprobs
+from pie_async.model.transfer import upload
 
 GREEDY = Needs()
 DRAWN = Needs(draws=True)
@@ -77,9 +78,9 @@ class FusedModel:
     def bind(self, bindings: Sequence[LaneBinding]) -> None:
         """Sequences take over lanes."""
         self.lanes.bind(bindings)
-        if self._rotary is not None and self._rotary.needs_lengths:
-            for binding in bindings:
-                self._prompt_lens[binding.lane].fill_(binding.prompt_len)
+        if bindings and self._rotary is not None and self._rotary.needs_lengths:
+            lanes, lengths = zip(*((each.lane, each.prompt_len) for each in bindings), strict=True)
+            self._prompt_lens[upload(lanes, self.device)] = upload(lengths, self.device)
 
     def fed_tokens(
         self, num_tokens: int, num_updates: int, *, prompts_at: int | None = None

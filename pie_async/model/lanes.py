@@ -51,10 +51,9 @@ class Lanes:
         self.sampler = LaneSampler(lanes=lanes, vocab_size=vocab_size, device=device)
         self._scorer = PromptScorer(logits, kept=4 * lanes)
 
-    def bind(self, bindings: Iterable[LaneBinding]) -> None:
-        for binding in bindings:
-            self.bindings[binding.lane] = binding
-            self.sampler.bind(binding)
+    def bind(self, bindings: Sequence[LaneBinding]) -> None:
+        self.bindings.update((binding.lane, binding) for binding in bindings)
+        self.sampler.bind(*bindings)
 
     def take_masks(self, rows: Iterable[Row]) -> None:
         """Sample these rows under their masks, in this iteration."""

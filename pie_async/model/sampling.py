@@ -120,28 +120,31 @@ class LaneSampler:
         lanes = upload(list(slots), self._device, torch.int64)
         self._mask_of_lane[lanes] = upload(list(slots.values()), self._device, torch.int64)
 
-    def bind(self, binding: LaneBinding) -> None:
-        """A sequence takes over a lane; ordered with `sample` on the caller's stream."""
-        lane, params = binding.lane, binding.sampling
-        self._needs[lane] = _needs_of(binding)
-        self._mask_of_lane[lane] = -1
+    def bind(self, *bindings: LaneBinding) -> None:
+        """Sequences take over lanes, one each; ordered with `sample` on the caller's stream.
+
+        All at once: to bring a GPU many numbers takes the host no longer than to bring it one.
+        """
+        if not bindings:
+            return
         self._all_needs = None
-        reals = [getattr(params, name) for name in _REALS]
-        self._reals[lane] = upload(reals, self._device, torch.float32)
-        self._integers[lane] = upload(
-            [
-                max(params.top_k, 0),
-                seed_key(binding.seed),
-                binding.prompt_len + params.min_tokens,
-            ],
-            self._device,
-        )
-        bias = params.logit_bias or {}
-        self._bias.set(lane, list(bias), list(bias.values()))
-        stops = binding.stop_ids if params.min_tokens else ()
-        self._stop_mask.set(lane, stops, [-torch.inf] * len(stops))
-        if params.counts_tokens:
-            self._count_history(lane, binding.history, binding.prompt_len)
+        for binding in bindings:
+            self._needs[binding.lane] = _needs_of(binding)
+        reals = [[getattr(each.sampling, name) for name in _REALS] for each in bindings]
+        lanes = upload([each.lane for each in bindings], self._device, torch.int64)
+        self._reals[lanes] = upload(reals, self._device, torch.float32)
+        self._integers[lanes] = upload(list(map(_integers_of, bindings)), self._device, torch.int64)
+        self._mask_of_lane.index_fill_(0, lanes, -1)
+        self._bias.clear(lanes)
+        self._stop_mask.clear(lanes)
+        for binding in bindings:
+            lane, params = binding.lane, binding.sampling
+            if bias := params.logit_bias:
+                self._bias.set(lane, list(bias), list(bias.values()))
+            if params.min_tokens and (stops := binding.stop_ids):
+                self._stop_mask.set(lane, stops, [-torch.inf] * len(stops))
+            if params.counts_tokens:
+                self._count_history(lane, binding.history, binding.prompt_len)
 
     def observe(self, lanes: Tensor, tokens: Tensor) -> None:
         """Note tokens that were fed, for the repetition penalty.
@@ -297,6 +300,13 @@ _REALS = {
 _INTEGERS = {"top_k": 0, "key": 1, "stops_from": 2}
 
 
+def _integers_of(binding: LaneBinding) -> list[int]:
+    """In the order of `_INTEGERS`."""
+    params = binding.sampling
+    stops_from = binding.prompt_len + params.min_tokens
+    return [max(params.top_k, 0), seed_key(binding.seed), stops_from]
+
+
 class _SparseLogits:
     """Per lane, a few numbers to add to logits: [lanes, width] ids and values, zero-padded."""
 
@@ -304,15 +314,19 @@ class _SparseLogits:
         self._ids = torch.zeros(lanes, 0, dtype=torch.int64, device=device)
         self._values = torch.zeros(lanes, 0, device=device)
 
+    def clear(self, lanes: Tensor) -> None:
+        """These lanes ([n] int64) add nothing."""
+        if self._values.numel():
+            self._values.index_fill_(0, lanes, 0.0)
+
     def set(self, lane: int, ids: Sequence[int], values: Sequence[float]) -> None:
+        """Of a lane that adds nothing so far; at least one number."""
         if (missing := len(ids) - self._ids.shape[1]) > 0:
             width = (0, missing)
             self._ids = torch.nn.functional.pad(self._ids, width)
             self._values = torch.nn.functional.pad(self._values, width)
-        self._values[lane] = 0.0
-        if ids:
-            self._ids[lane, : len(ids)] = upload(ids, self._ids.device)
-            self._values[lane, : len(ids)] = upload(values, self._values.device)
+        self._ids[lane, : len(ids)] = upload(ids, self._ids.device)
+        self._values[lane, : len(ids)] = upload(values, self._values.device)
 
     def add_to(self, logits: Tensor, lanes: Tensor, rows: Tensor | None = None) -> None:
         """Add to all rows, or to those where `rows` ([n] bool) is true."""

@@ -340,3 +340,41 @@ def test_an_all_greedy_batch_needs_nothing() -> None:
         lane_sampler.bind(Sequenced(params, seed=0, prompt=[1]).binding(lane))
     assert lane_sampler.needs([0, 1]) == Needs()
     assert lane_sampler.needs([0, 2]) == Needs(draws=True, top_p=True)
+
+
+def test_sequences_bound_together_sample_as_those_bound_one_by_one():
+    """Whatever was in their lanes before."""
+    before = [
+        SamplingParams(temperature=1.0, logit_bias={3: 50.0}, repetition_penalty=2.0),
+        SamplingParams(temperature=0.7, min_tokens=12, stop_token_ids=[1, 2]),
+        SamplingParams(temperature=0.0),
+    ]
+    after = [
+        SamplingParams(temperature=0.9, min_tokens=3, stop_token_ids=[4, 5, 6]),
+        SamplingParams(temperature=1.2, logit_bias={7: 50.0}, min_tokens=6, frequency_penalty=1.0),
+        SamplingParams(temperature=0.8, top_k=5),
+    ]
+
+    def bindings(wishes: list[SamplingParams]) -> list[LaneBinding]:
+        sequences = [Sequenced(each, seed=lane, prompt=[9]) for lane, each in enumerate(wishes)]
+        if wishes is after:
+            sequences[1].stop_ids = ()  # it may sample 7 at once, unlike who was there before
+        return [sequence.binding(lane) for lane, sequence in enumerate(sequences)]
+
+    def tokens(lane_sampler: LaneSampler) -> list[list[int]]:
+        draw = torch.Generator().manual_seed(5)
+        found = []
+        for position in range(1, 8):
+            logits = 3 * torch.randn(3, VOCAB, generator=draw)
+            positions = torch.full((3,), position)
+            found.append(lane_sampler.sample(logits, torch.arange(3), positions).tokens.tolist())
+        return found
+
+    together, one_by_one, alone = sampler(), sampler(), sampler()
+    for wishes in (before, after):
+        together.bind(*bindings(wishes))
+        for binding in bindings(wishes):
+            one_by_one.bind(binding)
+    alone.bind(*bindings(after))
+    together.bind()  # nobody
+    assert tokens(together) == tokens(one_by_one) == tokens(alone)
