@@ -10,49 +10,40 @@ tunes only once it is wanted shows here, and nowhere later.
 from __future__ import annotations
 
 import argparse
-import asyncio
 import random
-import time
 from itertools import pairwise
 
 import uvloop
 
-from pie_async import Engine, SamplingParams
+from pie_async import Engine
+from pie_async.cli.load import EngineTarget, Prompts, put_load
 from pie_async.config import EngineConfig, parse_size
 from pie_async.measurements import RequestTimes, percentile
+from pie_async.workload import WorkItem, arrive_at_rate
 
 PROMPT_TOKENS, OUTPUT_TOKENS = (30, 400), (50, 300)
+FIRST_TOKEN = 10
+"""Those before it may be special."""
 QUANTILES = (50, 90, 99, 99.9, 100)
 
 
 async def measure(
     config: EngineConfig, *, rate: float, seconds: float, temperature: float, seed: int = 0
 ) -> list[RequestTimes]:
-    """Of all requests that came within so many seconds of the start."""
+    """Of as many requests as come at this rate within so many seconds of the start."""
     draw = random.Random(seed)
-    clock = time.perf_counter
-
-    async def one(request: RequestTimes, prompt: list[int], params: SamplingParams) -> None:
-        async for output in engine.generate(prompt, params):
-            request.arrived(clock(), sum(len(choice.token_ids) for choice in output.outputs))
-        request.finished_s = clock()
-
-    requests: list[RequestTimes] = []
-    async with Engine(config) as engine, asyncio.TaskGroup() as group:
-        began_s = clock()
-        while clock() < began_s + seconds:
-            length = draw.randrange(*PROMPT_TOKENS)
-            prompt = draw.choices(range(10, engine.model.vocab_size), k=length)
-            params = SamplingParams(
-                max_tokens=draw.randrange(*OUTPUT_TOKENS),
-                temperature=temperature,
-                ignore_eos=True,
-                output_kind="delta",
-            )
-            requests.append(RequestTimes(submitted_s=clock(), prompt_tokens=length))
-            group.create_task(one(requests[-1], prompt, params))
-            await asyncio.sleep(draw.expovariate(rate))
-    return requests
+    items = [
+        WorkItem(
+            prompt_tokens=draw.randrange(*PROMPT_TOKENS),
+            output_tokens=draw.randrange(*OUTPUT_TOKENS),
+        )
+        for _ in range(round(rate * seconds))
+    ]
+    items = arrive_at_rate(items, requests_per_s=rate, seed=seed)
+    async with Engine(config) as engine:
+        target = EngineTarget(engine, temperature=temperature)
+        prompts = Prompts(vocab_size=engine.model.vocab_size, first_token=FIRST_TOKEN, seed=seed)
+        return (await put_load(target, items, prompts)).requests
 
 
 def main() -> None:

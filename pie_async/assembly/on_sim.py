@@ -114,9 +114,7 @@ def assemble_sim(config: EngineConfig) -> Parts:
         checks_copies=config.check_copies,
         padded=partial(
             batch_shape,
-            largest=(
-                min(limits.max_running_sequences, limits.token_budget) if config.cuda_graphs else 0
-            ),
+            largest=limits.max_running_sequences if config.cuda_graphs else 0,
             max_tokens=limits.token_budget,
         ),
     )

@@ -28,6 +28,7 @@ def batch_shape(rows: Sequence[Row], *, largest: int, max_tokens: int) -> BatchS
         largest: most rows of one token.
         max_tokens: most tokens of an iteration.
     """
+    largest = min(largest, max_tokens)
     prompts = [row.num_tokens for row in rows if row.num_tokens > 1]
     if not prompts:
         bucket = bucket_of(len(rows), largest)
@@ -41,6 +42,7 @@ def batch_shape(rows: Sequence[Row], *, largest: int, max_tokens: int) -> BatchS
 
 def batch_shapes(largest: int, max_tokens: int) -> list[BatchShape]:
     """All that `batch_shape` gives, those with prompts first, then falling."""
+    largest = min(largest, max_tokens)
     mixed = [
         (decode, tokens)
         for tokens in reversed(_prompt_sizes(max_tokens))

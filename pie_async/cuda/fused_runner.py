@@ -77,7 +77,7 @@ class FusedRunner:
         self._max_tokens = max_tokens
         self._programs = Programs(
             self._model,
-            largest=min(lanes, max_tokens) if uses_graphs else 0,
+            largest=lanes if uses_graphs else 0,
             max_tokens=max_tokens,
             streams=streams,
             pool=torch.cuda.graph_pool_handle() if uses_graphs else None,

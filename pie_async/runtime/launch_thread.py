@@ -21,7 +21,8 @@ class LaunchThread:
         self._enter = enter
         self._works: SimpleQueue[tuple[Work, threading.Event] | None] = SimpleQueue()
         self._next: deque[Work] = deque()  # launch thread only
-        self._is_busy = False
+        self._last_done = threading.Event()
+        self._last_done.set()
         self._thread = threading.Thread(target=self._run, name="pie-launch", daemon=True)
 
     def start(self) -> None:
@@ -35,11 +36,10 @@ class LaunchThread:
         have been told of a hundred tokens. By then the device may have nothing left to do
         (`scripts/bench_launch.py`). Who finds the thread at work does not wait.
         """
-        done, was_busy = threading.Event(), self._is_busy
-        self._is_busy = True
-        self._works.put((work, done))
-        if not was_busy:
-            done.wait(MOST_WAIT_S)
+        before, self._last_done = self._last_done, threading.Event()
+        self._works.put((work, self._last_done))
+        if before.is_set():
+            self._last_done.wait(MOST_WAIT_S)
 
     def follow(self, work: Work) -> None:
         """Do this right after the work that is being done, before all that was handed over; called
@@ -57,8 +57,6 @@ class LaunchThread:
         while (handed := self._works.get()) is not None:
             work, done = handed
             work()
-            self._is_busy = bool(self._next)
-            done.set()
             while self._next:
                 self._next.popleft()()
-            self._is_busy = not self._works.empty()
+            done.set()

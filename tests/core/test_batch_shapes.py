@@ -40,6 +40,8 @@ def test_an_iterations_most_tokens_leave_the_larger_sizes_out():
     assert batch_shape(rows_of(2, 2), largest=4, max_tokens=64) == (4, 64)
     assert batch_shape(rows_of(2, 2), largest=4, max_tokens=63) is None
     assert batch_shapes(4, 128) == [(4, 128), (4, 64), (4, 0), (2, 0), (1, 0)]
+    assert batch_shape(rows_of(1, 1, 1), largest=256, max_tokens=3) == (3, 0)
+    assert batch_shapes(256, 3) == [(3, 0), (2, 0), (1, 0)]
 
 
 def test_with_nothing_captured_nothing_is_padded():

@@ -269,19 +269,24 @@ def test_few_ways_of_sampling_have_graphs_of_their_own() -> None:
     assert set(filter(takes_one_kernel, ways)) == {GREEDY, DRAWN} | masked
 
 
-@pytest.mark.parametrize("failures", [1, 2], ids=["at-first", "for-good"])
-def test_without_memory_for_a_graph_iterations_go_on_without_one(
-    decoder, monkeypatch, caplog, failures: int
-) -> None:
-    make, left = programs.DecodeProgram, [failures]
+def refuse_memory(monkeypatch, owner, name: str, failures: int) -> None:
+    """The first calls of this find none."""
+    call, left = getattr(owner, name), [failures]
 
     def refuse(*args, **how):
         if left[0]:
             left[0] -= 1
             raise torch.OutOfMemoryError("as the test asked")
-        return make(*args, **how)
+        return call(*args, **how)
 
-    monkeypatch.setattr(programs, "DecodeProgram", refuse)
+    monkeypatch.setattr(owner, name, refuse)
+
+
+@pytest.mark.parametrize("failures", [1, 2], ids=["at-first", "for-good"])
+def test_without_memory_for_a_graph_iterations_go_on_without_one(
+    decoder, monkeypatch, caplog, failures: int
+) -> None:
+    refuse_memory(monkeypatch, programs, "DecodeProgram", failures)
     mine, theirs = Fused(decoder), reference(decoder)
     tokens = [runner.generate([[5, 6, 7]], 5) for runner in (mine, theirs)]
     assert tokens[0] == tokens[1]
@@ -302,15 +307,7 @@ def test_no_graph_is_captured_where_the_card_has_no_room_for_one(decoder, caplog
 def test_without_memory_for_sampling_in_a_graph_its_layers_are_replayed(
     decoder, monkeypatch, caplog, failures: int
 ) -> None:
-    capture, left = DecodeProgram.capture_sampling, [failures]
-
-    def refuse(program, needs):
-        if left[0]:
-            left[0] -= 1
-            raise torch.OutOfMemoryError("as the test asked")
-        capture(program, needs)
-
-    monkeypatch.setattr(DecodeProgram, "capture_sampling", refuse)
+    refuse_memory(monkeypatch, DecodeProgram, "capture_sampling", failures)
     mine, theirs = Fused(decoder), reference(decoder)
     tokens = [runner.generate([[5, 6, 7]], 6) for runner in (mine, theirs)]
     assert tokens[0] == tokens[1]
