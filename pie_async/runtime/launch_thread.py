@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from queue import SimpleQueue
 
 Work = Callable[[], None]
-MOST_WAIT_S = 3e-3
-"""That the loop lets the thread work undisturbed. Most iterations are issued in less; a prompt
-whose kernels are launched one by one takes more, and the loop goes on beside it."""
 
 
 class LaunchThread:
@@ -19,27 +17,22 @@ class LaunchThread:
     def __init__(self, *, enter: Callable[[], None]) -> None:
         """`enter`: what the thread does first."""
         self._enter = enter
-        self._works: SimpleQueue[tuple[Work, threading.Event] | None] = SimpleQueue()
+        self._works: SimpleQueue[Work | None] = SimpleQueue()
         self._next: deque[Work] = deque()  # launch thread only
-        self._last_done = threading.Event()
-        self._last_done.set()
         self._thread = threading.Thread(target=self._run, name="pie-launch", daemon=True)
 
     def start(self) -> None:
         self._thread.start()
 
     def launch(self, work: Work) -> None:
-        """Hand over, and stand still until it is done, `MOST_WAIT_S` at most; called on the loop.
+        """Hand over; called on the loop.
 
-        Issuing an iteration takes a millisecond and some fifty calls of the driver. Each of them
-        lets go of the interpreter, and gets it back late: when the loop next waits, after readers
-        have been told of a hundred tokens. By then the device may have nothing left to do
-        (`scripts/bench_launch.py`). Who finds the thread at work does not wait.
+        The thread begins at once: the interpreter is let go of for that. Otherwise it would begin
+        when the loop next waits, after readers have been told of a hundred tokens, with the device
+        idle meanwhile (`scripts/bench_launch.py`).
         """
-        before, self._last_done = self._last_done, threading.Event()
-        self._works.put((work, self._last_done))
-        if before.is_set():
-            self._last_done.wait(MOST_WAIT_S)
+        self._works.put(work)
+        time.sleep(0)
 
     def follow(self, work: Work) -> None:
         """Do this right after the work that is being done, before all that was handed over; called
@@ -54,9 +47,7 @@ class LaunchThread:
 
     def _run(self) -> None:
         self._enter()
-        while (handed := self._works.get()) is not None:
-            work, done = handed
+        while (work := self._works.get()) is not None:
             work()
             while self._next:
                 self._next.popleft()()
-            done.set()
