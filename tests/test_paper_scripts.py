@@ -60,6 +60,20 @@ def test_transparency_refuses_a_batch_that_outgrows_the_device(tmp_path, monkeyp
     assert not list(tmp_path.iterdir())
 
 
+def test_transparency_ends_when_a_sequence_is_parked(tmp_path, monkeypatch):
+    """What changes of the streamed blocks take cannot be known beforehand."""
+    arguments = [
+        *BUILTIN, "--batch", "3", "--context", "96", "--iterations", "150", "--shares", "0.5",
+        "--kv", "4MiB", "--host-pool", "32MiB", "--results", str(tmp_path),
+        "--set", "cpu_threads=1", "--set", "max_model_len=1500",
+    ]  # fmt: skip
+    monkeypatch.setattr("sys.argv", ["transparency", *arguments])
+    monkeypatch.setattr(transparency, "_check_room", lambda *_: None)
+    monkeypatch.setattr(transparency, "PROBE_BLOCKS", 4)
+    with pytest.raises(SystemExit, match=r"of 3 sequences are parked.*all must fit.*--kv"):
+        transparency.main()
+
+
 def test_throughput_runs_one_load_in_every_mode(tmp_path, monkeypatch):
     arguments = [
         *BUILTIN, "--kv", "2MiB", "--host-pool", "32MiB", "--requests", "6", "--context", "128",

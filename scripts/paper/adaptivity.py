@@ -75,10 +75,13 @@ Run = list[PhaseSeen]
 
 def main() -> None:
     """Run every setting, or draw what was measured."""
-    given = _parser().parse_args()
+    parser = _parser()
+    given = parser.parse_args()
     if given.plot_only:
         replot(given.name, given.results, Point, draw)
         return
+    if given.steps < 1:
+        parser.error("--steps: the governor needs one fixed setting above 0 beside it, or more")
     named = ("gpu", "link", "rates", "seconds", "settling", "seed", "seeds", "set")
     results = Results(
         given.name, given.results, {name: getattr(given, name) for name in named}, draw

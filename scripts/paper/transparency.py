@@ -40,6 +40,10 @@ PATIENCE_ITERATIONS = 400
 HBM_BYTES_PER_S = 4.2e12
 FIRST_TOKEN = 10
 PROFILED_ITERATIONS = 20
+ALL_MUST_FIT = (
+    "all must fit, or something else is measured. Raise --kv, or lower --batch, --context, "
+    "--iterations or the number of --shares"
+)
 
 
 class Point(msgspec.Struct, frozen=True, kw_only=True):
@@ -129,9 +133,7 @@ def _check_room(given: argparse.Namespace, engine: Engine, batch: int, context: 
         raise SystemExit(
             f"--batch {batch} --context {context}: by the last window sequences of {tokens} tokens "
             f"take {format_size(needed * layout.block_bytes)} of KV, and the device has "
-            f"{format_size(there * layout.block_bytes)}; all must fit, or something else is "
-            "measured. Raise --kv, or lower --batch, --context, --iterations or the number of "
-            "--shares"
+            f"{format_size(there * layout.block_bytes)}; {ALL_MUST_FIT}"
         )
 
 
@@ -183,7 +185,7 @@ async def _points(
 
 
 class _Batch:
-    """Sequences that decode together; one of them is read token by token."""
+    """Sequences that decode together; the first, which is parked last, is read token by token."""
 
     def __init__(self, engine: Engine, batch: int, context: int, seed: int) -> None:
         self.engine = engine
@@ -202,12 +204,11 @@ class _Batch:
             output_kind="final",
         )
         for number in range(self._size):
-            last = number == self._size - 1
             prompt = [
                 FIRST_TOKEN + (self._seed * 7919 + number * 104729 + i * 31) % vocab
                 for i in range(self._context)
             ]
-            how = msgspec.structs.replace(params, output_kind="delta") if last else params
+            how = params if number else msgspec.structs.replace(params, output_kind="delta")
             self._streams.append(await self.engine.submit(prompt, how))
         needed = self._size * self._context
         await self._until(lambda: self.engine.stats().prompt_tokens >= needed)
@@ -228,7 +229,16 @@ class _Batch:
             if is_so():
                 return
             await self._token()
+        self._check_all_run()
         raise RuntimeError(f"this never came about: {self.engine.stats()}")
+
+    def _check_all_run(self) -> None:
+        """SystemExit if one is parked; while the number of streamed blocks changes one may be."""
+        if (running := self.engine.stats().running) < self._size:
+            raise SystemExit(
+                f"{self._size - running} of {self._size} sequences are parked: blocks that begin "
+                f"or cease to be streamed take iterations of their own; {ALL_MUST_FIT}"
+            )
 
     async def window(self, iterations: int) -> Window:
         """So many iterations from now."""
@@ -239,6 +249,7 @@ class _Batch:
             now_s = time.perf_counter()
             gaps_s += [(now_s - last_s) / count] * count
             last_s = now_s
+        self._check_all_run()
         return Window(
             statistics.median(gaps_s),
             _difference(self.engine.stats(), first),
@@ -247,7 +258,7 @@ class _Batch:
         )
 
     async def _token(self) -> int:
-        output = await anext(self._streams[-1])
+        output = await anext(self._streams[0])
         return max(1, sum(len(choice.token_ids) for choice in output.outputs))
 
     async def aclose(self) -> None:
