@@ -46,6 +46,24 @@ def test_transparency_compares_each_share_with_nothing_streamed(tmp_path, monkey
     assert "streamed_bytes" in capsys.readouterr().out
 
 
+def test_transparency_of_a_simulated_card_is_in_its_own_time(tmp_path, monkeypatch):
+    arguments = [
+        "transparency", "--device", "sim", "--set", 'sim_link="nvlink-c2c"', "--batch", "16",
+        "--iterations", "10", "--shares", "0.4", "0.8", "--kv", "8GiB", "--host-pool", "8GiB",
+    ]  # fmt: skip
+    found = {}
+    for name, gpu in (("first", "gh200"), ("again", "gh200"), ("other", "h100")):
+        more = ["--gpu", gpu, "--name", name, "--results", str(tmp_path)]
+        monkeypatch.setattr("sys.argv", [*arguments, *more])
+        transparency.main()
+        found[name] = [{**row, "launch_s": 0} for row in rows_of(tmp_path, name)]
+    assert found["first"] == found["again"]
+    some, many = found["first"]
+    assert 1 < some["bound_ratio"] < some["ratio"] < many["ratio"] < 1.12
+    assert many["iteration_s"] == pytest.approx(many["compute_s"], rel=0.01)
+    assert found["other"][0]["resident_s"] > 1.15 * some["resident_s"], "its memory is slower"
+
+
 def test_transparency_refuses_a_batch_that_outgrows_the_device(tmp_path, monkeypatch):
     arguments = [
         *BUILTIN, "--batch", "3", "--context", "96", "--iterations", "60", "--shares", "0.5",

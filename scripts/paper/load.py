@@ -17,6 +17,7 @@ from pie_async.config import EngineConfig
 from pie_async.measurements import RequestTimes, percentile, summarize
 from pie_async.metrics import EngineStats
 from pie_async.workload import WorkItem, clip
+from scripts.paper.options import clock_of
 from scripts.paper.results import freeze, thaw
 
 FIRST_TOKEN = 10
@@ -217,9 +218,7 @@ class _Load:
         self._target = EngineTarget(engine)
         self._items = items
         self._fill = fill
-        # Virtual on the simulated device; else uvloop's own is coarse, so not the loop's.
-        is_sim = engine.config.device == "sim"
-        self._clock = asyncio.get_running_loop().time if is_sim else time.perf_counter
+        self._clock = clock_of(engine.config)
         self.requests: list[RequestTimes] = []
         self.duration_s = 0.0
         self._began_s = 0.0

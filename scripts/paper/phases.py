@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import time
 from collections.abc import Sequence
 
 import msgspec
@@ -14,6 +13,7 @@ from pie_async.cli.load import EngineTarget, Prompts
 from pie_async.metrics import EngineStats
 from pie_async.workload import LengthModel, WorkItem, arrive_at_rate, sample_lengths
 from scripts.paper.load import FIRST_TOKEN
+from scripts.paper.options import clock_of
 
 SHORT = LengthModel(prompt_mean=160.0, prompt_spread=0.5, output_mean=200.0, output_spread=0.3)
 LONG_PROMPTS = LengthModel(
@@ -193,9 +193,7 @@ class _Watch:
     def __init__(self, engine: Engine, clients: _Clients) -> None:
         self._engine = engine
         self._clients = clients
-        # Virtual on the simulated device; else uvloop's own is coarse, so not the loop's.
-        is_sim = engine.config.device == "sim"
-        self._clock = asyncio.get_running_loop().time if is_sim else time.perf_counter
+        self._clock = clock_of(engine.config)
         self.began_s = self._last_s = self._clock()
         self._last = engine.stats()
         self._own_tokens = clients.own_tokens

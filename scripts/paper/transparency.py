@@ -1,6 +1,8 @@
-"""Transparency: how long an iteration takes while so much KV is streamed (Pie, section 6.2).
+r"""Transparency: how long an iteration takes while so much KV is streamed (Pie, section 6.2).
 
     python -m scripts.paper.transparency --model llama-3.1-8b --batch 64 --context 1024
+    python -m scripts.paper.transparency --device sim --gpu gh200 --set 'sim_link="nvlink-c2c"' \
+        --kv 40GiB --host-pool 16GiB
 
 One batch decodes all the time. Streaming is fixed to one share after another of what the link
 moves during an iteration with everything resident; between two shares nothing is streamed, and
@@ -11,24 +13,22 @@ KV would fit on the device, so that nothing else differs.
 from __future__ import annotations
 
 import argparse
-import asyncio
 import statistics
-import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import msgspec
-import uvloop
 
 from pie_async import Engine, SamplingParams
 from pie_async.config import EngineConfig, format_size, parse_size
+from pie_async.device.cost_model import gpu_named
 from pie_async.metrics import EngineStats
 from pie_async.request_stream import RequestStream
 from scripts._bench_gpu.breakdown import Breakdown, profiled
 from scripts._bench_gpu.host_time import HostTime
-from scripts.paper.options import Budget, add_budget
+from scripts.paper.options import Budget, add_budget, clock_of, loop_of
 from scripts.paper.results import RESULTS, Results, freeze, replot, thaw
 
 SHARES = (0.2, 0.4, 0.6, 0.8, 0.95, 1.1)
@@ -37,7 +37,6 @@ SETTLING_ITERATIONS = 10
 PROBE_BLOCKS = 48
 """Streamed to learn the link's rate."""
 PATIENCE_ITERATIONS = 400
-HBM_BYTES_PER_S = 4.2e12
 FIRST_TOKEN = 10
 PROFILED_ITERATIONS = 20
 ALL_MUST_FIT = (
@@ -101,7 +100,7 @@ def main() -> None:
     facts = {"seed": given.seed, "iterations": given.iterations, "settings": given.set}
     results = Results(given.name, given.results, facts, draw)
     budget = Budget(given.budget)
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+    with loop_of(given) as runner:
         for batch, context in zip(given.batch, given.context, strict=True):
             if budget.allows(f"batch {batch}"):
                 runner.run(_measure(given, results, batch, context))
@@ -147,6 +146,7 @@ async def _points(
     await running.stream(PROBE_BLOCKS)
     probe = await running.window(iterations)
     link = probe.stats.h2d_bytes / probe.stats.h2d_busy_s
+    memory = gpu_named(given.gpu).hbm_bytes_per_s
     await running.stream(0)
     before = await running.window(iterations)
     if given.profile:
@@ -161,7 +161,7 @@ async def _points(
         after = await running.window(iterations)
         resident_s = (before.iteration_s + after.iteration_s) / 2
         streamed_bytes = blocks * block_bytes
-        bound_s = max(resident_s + streamed_bytes / HBM_BYTES_PER_S, streamed_bytes / link)
+        bound_s = max(resident_s + streamed_bytes / memory, streamed_bytes / link)
         yield Point(
             model=engine.config.model,
             batch=batch,
@@ -192,6 +192,7 @@ class _Batch:
         self._size = batch
         self._context = context
         self._seed = seed
+        self._clock = clock_of(engine.config)
         self._streams: list[RequestStream] = []
 
     async def start(self) -> None:
@@ -242,11 +243,11 @@ class _Batch:
 
     async def window(self, iterations: int) -> Window:
         """So many iterations from now."""
-        first, host, began_s = self.engine.stats(), HostTime(), time.perf_counter()
+        first, host, began_s = self.engine.stats(), HostTime(), self._clock()
         gaps_s, last_s = [], began_s
         for _ in range(iterations):
             count = await self._token()
-            now_s = time.perf_counter()
+            now_s = self._clock()
             gaps_s += [(now_s - last_s) / count] * count
             last_s = now_s
         self._check_all_run()
@@ -315,12 +316,14 @@ def _config(given: argparse.Namespace, batch: int) -> EngineConfig:
     fields: dict[str, Any] = {
         "model": given.model,
         "device": given.device,
-        "load_format": given.load_format,
+        "load_format": "checkpoint" if given.device == "sim" else given.load_format,
         "host_pool_bytes": parse_size(given.host_pool, option="--host-pool"),
         "max_running_sequences": batch,
         "streamed_blocks": 0,
         "prefix_caching": False,
     }
+    if given.device == "sim":
+        fields["sim_gpu"] = given.gpu
     if given.kv is not None:
         fields["device_kv_bytes"] = parse_size(given.kv, option="--kv")
     for setting in given.set:
@@ -336,7 +339,8 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--model", default="llama-3.1-8b")
     add("--device", default="cuda")
-    add("--load-format", default="random")
+    add("--load-format", default="random", help="sim: always checkpoint, it has no weights")
+    add("--gpu", default="h200", help="of the bound, and what is simulated")
     add("--batch", type=int, nargs="+", default=[64])
     add("--context", type=int, nargs="+", default=[1024], help="as many as batches")
     add("--shares", type=float, nargs="+", default=list(SHARES))
