@@ -16,6 +16,7 @@ from pie_async.errors import ConfigError
 from pie_async.measurements import RequestTimes
 from scripts.paper import copy_cost, flexgen, rates, throughput, transparency
 from scripts.paper.load import Row
+from scripts.paper.progress import Progress
 
 BUILTIN = ["--device", "cpu", "--model", "builtin", "--load-format", "checkpoint"]
 
@@ -218,3 +219,15 @@ def test_copies_go_through_the_ring_and_the_source_again_and_again():
         assert sources[-1] + sizes[-1] <= source.data_ptr() + source.nbytes
     begins = [int(sources[0]) for sources, _, _ in batches]
     assert len(set(begins)) == 128 and begins[128:] == begins[:72]
+
+
+def test_progress_says_what_begins_and_how_long_the_rest_may_take(capsys):
+    now = iter([0.0, 30.0, 90.0])
+    progress = Progress(4, clock=lambda: next(now))
+    for part in ("2GiB off", "2GiB pie", "4GiB off"):
+        progress.begin(part)
+    assert capsys.readouterr().out.splitlines() == [
+        "[....................] 1 of 4: 2GiB off",
+        "[#####...............] 2 of 4, 90 s left: 2GiB pie",
+        "[##########..........] 3 of 4, 90 s left: 4GiB off",
+    ]

@@ -10,7 +10,7 @@ _BLOCK = 8192
 
 
 @triton.jit
-def _kernel(source, destination, size, block: tl.constexpr):  # type: ignore[no-untyped-def]
+def _kernel(source, destination, size, block: tl.constexpr):
     for begin in range(tl.program_id(0) * block, size, tl.num_programs(0) * block):
         at = begin + tl.arange(0, block)
         tl.store(destination + at, tl.load(source + at, mask=at < size), mask=at < size)

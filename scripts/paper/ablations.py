@@ -20,6 +20,7 @@ import msgspec
 from pie_async.config import parse_size
 from scripts.paper.load import Row, measure
 from scripts.paper.options import engine_config, loop_of, parser_of, requests_of
+from scripts.paper.progress import Progress
 from scripts.paper.results import Results, replot
 
 PARTS = ("graphs", "ring", "group", "prefetch", "exchange", "static")
@@ -53,8 +54,9 @@ def main() -> None:
     variants = list(variants_of(given))
     base = 0.0
     with loop_of(given) as runner:
-        for count, variant in enumerate(variants, start=1):
-            print(f"[{variant.part} {variant.value}: {count} of {len(variants)}]", flush=True)
+        progress = Progress(len(variants))
+        for variant in variants:
+            progress.begin(f"{variant.part} {variant.value}")
             row = runner.run(_run(given, variant))
             base = base or row.steady_tokens_per_s
             results.add(

@@ -30,6 +30,7 @@ from pie_async.device.cost_model import (
 from scripts.paper.load import Engines
 from scripts.paper.options import engine_config, loop_of, parser_of
 from scripts.paper.phases import LONG_PROMPTS, SHORT, Phase, PhaseSeen, Seen, run_phases
+from scripts.paper.progress import Progress
 from scripts.paper.results import Results, replot
 
 MOST_OF_BOUND = 1.6
@@ -106,9 +107,9 @@ def _measure(
     most = given.most or round(MOST_OF_BOUND * bound.streamed_bytes / _block_bytes(given))
     settings = sorted({round(most * step / given.steps) for step in range(given.steps + 1)})
     fixed: dict[int, Run] = {}
-    for count, blocks in enumerate([*settings, None], start=1):
-        name = "the governor" if blocks is None else f"{blocks} blocks"
-        print(f"[setting {count} of {len(settings) + 1}: {name}]", flush=True)
+    progress = Progress(len(settings) + 1)
+    for blocks in (*settings, None):
+        progress.begin("the governor" if blocks is None else f"{blocks} blocks")
         runs = [run(blocks, given.seed + number) for number in range(given.seeds)]
         together = [_together(phase) for phase in zip(*runs, strict=True)]
         if blocks is not None:

@@ -28,6 +28,7 @@ from pie_async.config import KIB, MIB
 from pie_async.cuda.errors import require_cuda
 from pie_async.errors import ConfigError
 from pie_async.model.transfer import seen_by_gpu
+from scripts.paper.progress import Progress
 from scripts.paper.results import RESULTS, Results
 
 if TYPE_CHECKING:
@@ -112,12 +113,14 @@ def main() -> None:
     stream = driver.create_stream()
     with torch.inference_mode():
         kernels = [_sum(driver.device), _product(driver.device)]
+        progress = Progress(len(WAYS) * len(kernels))
         for source, ways in itertools.groupby(WAYS, key=lambda way: way.source):
             if source == "peer" and torch.cuda.device_count() < 2:
                 print("no second GPU: nothing is copied from a peer")
                 continue
             memory = _source(driver, source)
             for way, kernel in itertools.product(list(ways), kernels):
+                progress.begin(f"{kernel.name} beside copies from the {source}")
                 results.add(_measure(driver, stream, memory, way, kernel, given.windows))
     driver.synchronize_device()
 
@@ -151,7 +154,7 @@ def _measure(
     copied_bytes = round(2 * WINDOW_S * LINK_BYTES_PER_S[way.source])
     alone_s, ratios, rates = [_window(driver, kernel, repeats)], [], []
     for _ in range(windows):
-        began, ended = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        began, ended = _timed_event(), _timed_event()
         with driver.torch_on(stream):
             began.record()
         issued_bytes = _issue(driver, stream, source, ring, way, copied_bytes)
@@ -159,7 +162,7 @@ def _measure(
             ended.record()
         time.sleep(1e-3)  # the link is busy now
         beside_s = _window(driver, kernel, repeats, until=ended)
-        rates.append(issued_bytes / (began.elapsed_time(ended) / 1e3))
+        rates.append(issued_bytes / _between_s(began, ended))
         alone_s.append(_window(driver, kernel, repeats))
         ratios.append(2 * beside_s / (alone_s[-2] + alone_s[-1]))
     alone, ratio, rate = map(statistics.median, (alone_s, ratios, rates))
@@ -178,6 +181,14 @@ def _measure(
     )
 
 
+def _timed_event() -> torch.cuda.Event:
+    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+
+
+def _between_s(began: torch.cuda.Event, ended: torch.cuda.Event) -> float:
+    return float(began.elapsed_time(ended)) / 1e3
+
+
 def _window(
     driver: Driver, kernel: Kernel, repeats: int, *, until: torch.cuda.Event | None = None
 ) -> float:
@@ -189,7 +200,7 @@ def _window(
     Raises:
         RuntimeError: they were done before.
     """
-    began, ended = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    began, ended = _timed_event(), _timed_event()
     began.record()
     for _ in range(repeats):
         kernel.run()
@@ -197,7 +208,7 @@ def _window(
     driver.synchronize_device()
     if until is not None and ended.elapsed_time(until) < 0:
         raise RuntimeError("the copies ended before the kernels: raise LINK_BYTES_PER_S")
-    return began.elapsed_time(ended) / 1e3
+    return _between_s(began, ended)
 
 
 def _issue(

@@ -14,15 +14,17 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Callable, Coroutine, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import msgspec
 
 from pie_async.assembly.sizing import model_layout
-from pie_async.config import parse_size
+from pie_async.config import format_size, parse_size
 from pie_async.device.cost_model import ModelShape, gpu_named, link_named, shape_named
 from scripts.paper.load import Row, measure
 from scripts.paper.options import MODES, engine_config, loop_of, parser_of, requests_of
+from scripts.paper.progress import Progress
 from scripts.paper.results import Results, replot
 
 FIRST_GUESS = 1.67
@@ -80,16 +82,29 @@ def _search(
     run: Callable[[Coroutine[Any, Any, Row]], Row],
 ) -> None:
     sizes = [parse_size(size, option="--kv") for size in given.kv]
-    off = {size: run(_measure(given, None, size)) for size in sizes}
+    progress = Progress((1 + len(given.link)) * len(sizes))
+    off: dict[int, Row] = {}
+    for size in sizes:
+        progress.begin(f"{format_size(size)} without a pool")
+        off[size] = run(_measure(given, None, size))
     for link in given.link:
-        curve = _Curve(lambda size, link=link: run(_measure(given, link, size)))
-        for count, size in enumerate(sizes, start=1):
-            print(f"[{link}: size {count} of {len(sizes)}]", flush=True)
+        curve = _Curve(partial(_run, given, run, link))
+        for size in sizes:
+            progress.begin(f"{link}, what does as much as {format_size(size)}")
             before = len(curve.rows)
             wanted = (1 - given.within) * off[size].steady_tokens_per_s
             found = least_kv(curve, wanted, size, curve.known, precision=given.precision)
             curve(found)
             add(_point(given, link, off[size], curve.rows[found], len(curve.rows) - before))
+
+
+def _run(
+    given: argparse.Namespace,
+    run: Callable[[Coroutine[Any, Any, Row]], Row],
+    link: str,
+    size: int,
+) -> Row:
+    return run(_measure(given, link, size))
 
 
 class _Curve:

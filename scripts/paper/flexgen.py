@@ -29,6 +29,7 @@ from pie_async.workload import fixed_lengths
 from scripts._bench_gpu.peers import PeerFailed, results_of
 from scripts.paper.load import Row, measure
 from scripts.paper.options import Budget, add_budget, engine_config, loop_of, parser_of
+from scripts.paper.progress import Progress
 from scripts.paper.results import Results, replot
 
 PLACEMENTS = {"gpu": 0, "half": 50, "host": 100}
@@ -72,15 +73,25 @@ def main() -> None:
     budget = Budget(given.budget)
     facts = {"seed": given.seed, "settings": given.set, "batch": given.batch}
     results = Results(given.name, given.results, facts, draw)
+    placements = given.placements if "flexgen" in given.engines and not is_sim else []
+    progress = Progress(len(given.outputs) * (len(placements) + ("pie" in given.engines)))
+
+    def begins(part: str) -> bool:
+        if not budget.allows(part):
+            return False
+        progress.begin(part)
+        return True
+
     with loop_of(given) as runner:
         for output in given.outputs:
             half: Rates | None = None
-            for placement in given.placements if "flexgen" in given.engines and not is_sim else []:
-                name = f"flexgen {placement}, {output} tokens"
-                if budget.allows(name) and (found := _flexgen(given, placement, output)):
+            for placement in placements:
+                if begins(f"flexgen {placement}, {output} tokens") and (
+                    found := _flexgen(given, placement, output)
+                ):
                     half = found if placement == "half" else half
                     results.add(found)
-            if "pie" in given.engines and budget.allows(f"pie, {output} tokens"):
+            if "pie" in given.engines and begins(f"pie, {output} tokens"):
                 results.add(runner.run(_pie(given, output, half)))
     budget.tell()
     results.finish()

@@ -19,6 +19,7 @@ from pie_async.config import parse_size
 from pie_async.device.cost_model import gpu_named, link_named, pooling_bound, shape_named
 from scripts.paper.load import Row, measure
 from scripts.paper.options import MODES, engine_config, loop_of, parser_of, requests_of
+from scripts.paper.progress import Progress
 from scripts.paper.results import Results, replot
 
 CARD_SHARE = 0.95
@@ -69,8 +70,9 @@ def main() -> None:
     given.device = "sim"
     results = Results(given.name, given.results, {"seed": given.seed, "settings": given.set}, draw)
     with loop_of(given) as runner:
-        for count, name in enumerate(given.cards, start=1):
-            print(f"[{name}: card {count} of {len(given.cards)}]", flush=True)
+        progress = Progress(len(given.cards))
+        for name in given.cards:
+            progress.begin(name)
             card = CARDS[name]
             for kv in given.kv or card.kv:
                 first: Row | None = None

@@ -73,8 +73,10 @@ async def _run(given: argparse.Namespace) -> tuple[Row, list[Iteration]]:
     config = engine_config(given, parse_size(given.kv, option="--kv"))
     items = requests_of(given, given.workload, given.requests, rate=given.rate)
     async with running(config) as engine:
-        engine.story.keep_all()
-        warmed_up = len(engine.story)
+        story = engine.story
+        assert story is not None, "a running engine keeps one"
+        story.keep_all()
+        warmed_up = len(story)
         row = await measure_on(
             engine,
             items,
@@ -85,7 +87,7 @@ async def _run(given: argparse.Namespace) -> tuple[Row, list[Iteration]]:
             limit_s=given.seconds,
             until=given.until,
         )
-        return row, iterations_of(itertools.islice(engine.story, warmed_up, None))
+        return row, iterations_of(itertools.islice(story, warmed_up, None))
 
 
 def iterations_of(story: Iterable[Entry]) -> list[Iteration]:

@@ -22,6 +22,7 @@ from pie_async.device.cost_model import ModelShape, gpu_named, shape_named
 from pie_async.workload import WorkItem
 from scripts.paper.load import Row, measure
 from scripts.paper.options import Budget, add_budget, engine_config, loop_of, parser_of
+from scripts.paper.progress import Progress
 from scripts.paper.results import Results, replot
 
 MODES = ("resident", "pooled")
@@ -55,10 +56,11 @@ def main() -> None:
     runs = [(requests, mode) for requests in given.requests for mode in given.modes]
     budget = Budget(given.budget)
     with loop_of(given) as runner:
-        for count, (requests, mode) in enumerate(runs, start=1):
+        progress = Progress(len(runs))
+        for requests, mode in runs:
             if not budget.allows(f"{requests} requests, {mode}"):
                 continue
-            print(f"[{requests} requests, {mode}: {count} of {len(runs)}]", flush=True)
+            progress.begin(f"{requests} requests, {mode}")
             results.add(runner.run(_run(given, requests, mode)))
     budget.tell()
     results.finish()

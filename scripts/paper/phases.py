@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Sequence
+from typing import Any
 
 import msgspec
 
@@ -218,6 +219,6 @@ class _Watch:
         )
 
 
-def _difference(last: EngineStats, first: EngineStats) -> dict[str, float]:
+def _difference(last: EngineStats, first: EngineStats) -> dict[str, Any]:
     names = ("iterations", "compute_s", "stall_s", "h2d_busy_s")
     return {name: getattr(last, name) - getattr(first, name) for name in names}

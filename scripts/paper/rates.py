@@ -37,6 +37,7 @@ from scripts.paper.options import (
     parser_of,
     requests_of,
 )
+from scripts.paper.progress import Progress
 from scripts.paper.results import Results, replot
 from scripts.paper.vllm_peer import (
     VLLM_MODES,
@@ -158,10 +159,11 @@ class _Run:
         rates = {share * off for share in given.shares}
         if own is not None:
             rates |= {share * own for share in given.own}
-        for count, rate in enumerate(sorted(rates), start=1):
+        progress = Progress(len(rates))
+        for rate in sorted(rates):
             if not self.budget.allows(f"{workload} {mode} {rate:.3f}/s"):
                 continue
-            print(f"[{workload}, {mode}: rate {count} of {len(rates)}]", flush=True)
+            progress.begin(f"{workload}, {mode}, {rate:.3f}/s")
             requests = max(FEWEST_REQUESTS, round(rate * given.seconds))
             row = run(workload, mode, requests, rate)
             self._add(_point(row, rate / off, rate / own if own else 0.0))

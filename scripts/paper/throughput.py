@@ -27,6 +27,7 @@ from scripts.paper.options import (
     parser_of,
     requests_of,
 )
+from scripts.paper.progress import Progress
 from scripts.paper.results import Results, replot
 from scripts.paper.vllm_peer import (
     VLLM_MODES,
@@ -48,11 +49,13 @@ def main() -> None:
         return
     facts = {"seed": given.seed, "settings": given.set}
     results = Results(given.name, given.results, facts, draw)
+    progress = Progress(len(given.kv) * len(given.modes))
     with loop_of(given) as runner:
         for kv in given.kv:
             for mode in given.modes:
                 if not budget.allows(f"{kv} {mode}"):
                     continue
+                progress.begin(f"{kv} {mode}")
                 kv_bytes = parse_size(kv, option="--kv")
                 if mode in VLLM_MODES:
                     _add_vllm(given, results, kv_bytes, mode)

@@ -29,6 +29,7 @@ from pie_async.request_stream import RequestStream
 from scripts._bench_gpu.breakdown import Breakdown, profiled
 from scripts._bench_gpu.host_time import HostTime
 from scripts.paper.options import Budget, add_budget, clock_of, loop_of
+from scripts.paper.progress import Progress
 from scripts.paper.results import RESULTS, Results, freeze, replot, thaw
 
 SHARES = (0.2, 0.4, 0.6, 0.8, 0.95, 1.1)
@@ -100,22 +101,26 @@ def main() -> None:
     facts = {"seed": given.seed, "iterations": given.iterations, "settings": given.set}
     results = Results(given.name, given.results, facts, draw)
     budget = Budget(given.budget)
+    progress = Progress(len(given.batch) * (1 + len(given.shares)))
     with loop_of(given) as runner:
         for batch, context in zip(given.batch, given.context, strict=True):
             if budget.allows(f"batch {batch}"):
-                runner.run(_measure(given, results, batch, context))
+                runner.run(_measure(given, results, progress, batch, context))
     budget.tell()
     results.finish()
 
 
-async def _measure(given: argparse.Namespace, results: Results, batch: int, context: int) -> None:
+async def _measure(
+    given: argparse.Namespace, results: Results, progress: Progress, batch: int, context: int
+) -> None:
     engine = Engine(_config(given, batch))
     async with engine:
         _check_room(given, engine, batch, context)
         freeze()
         async with aclosing(_Batch(engine, batch, context, given.seed)) as running:
+            progress.begin(f"batch {batch}, nothing streamed")
             await running.start()
-            async for point in _points(running, given, batch, context):
+            async for point in _points(running, given, progress, batch, context):
                 results.add(point)
     thaw()
 
@@ -137,7 +142,7 @@ def _check_room(given: argparse.Namespace, engine: Engine, batch: int, context: 
 
 
 async def _points(
-    running: _Batch, given: argparse.Namespace, batch: int, context: int
+    running: _Batch, given: argparse.Namespace, progress: Progress, batch: int, context: int
 ) -> AsyncIterator[Point]:
     engine = running.engine
     layout = engine.layout
@@ -153,6 +158,7 @@ async def _points(
         await _profile(running, "resident")
     for share in given.shares:
         blocks = max(1, round(share * link * before.iteration_s / block_bytes))
+        progress.begin(f"batch {batch}, {share:.0%} of the link")
         await running.stream(blocks)
         seen = await running.window(iterations)
         if given.profile:
