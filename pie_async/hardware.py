@@ -64,26 +64,31 @@ def usable_bytes(hardware: Hardware) -> int | None:
     return min(room, default=None)
 
 
-def require_poolable(host_pool_bytes: int) -> None:
-    """Refuse a pool to be pinned that this machine cannot hold: pinning it would not fail, the
-    system would end the process.
+def require_memory(wanted_bytes: int, *, option: str) -> None:
+    """Refuse KV that this machine's memory cannot hold: taking it need not fail, the system may end
+    the process once it is written or pinned.
 
     RLIMIT_MEMLOCK is not looked at: it bounds mlock(2), and the CUDA driver pins pages itself
     without asking for it. Were a driver to obey it, the first chunk would be refused.
+
+    Args:
+        wanted_bytes: of the host pool, or of a device arena in the same memory.
+        option: that asks for them, `host_pool_bytes` or `device_kv_bytes`.
 
     Raises:
         ConfigError: says what is free, and whose limit that is.
     """
     hardware = read_hardware()
     usable = usable_bytes(hardware)
-    if usable is None or host_pool_bytes <= usable:
+    if usable is None or wanted_bytes <= usable:
         return
     limit = hardware.cgroup_limit_bytes
     whose = "" if limit is None else f" (the container's limit is {format_size(limit)})"
+    or_else = ", or set it to 0 to switch pooling off" if option == "host_pool_bytes" else ""
     raise ConfigError(
-        f"host_pool_bytes is {format_size(host_pool_bytes)}, but {format_size(max(0, usable))} of "
-        f"memory are free{whose}; lower it, or set it to 0 to switch pooling off",
-        option="host_pool_bytes",
+        f"{option} is {format_size(wanted_bytes)}, but {format_size(max(0, usable))} of memory are "
+        f"free{whose}; lower it{or_else}",
+        option=option,
     )
 
 

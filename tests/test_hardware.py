@@ -20,24 +20,24 @@ def machine(monkeypatch, **changes) -> None:
 
 def test_a_pool_that_fits_is_let_pass(monkeypatch):
     machine(monkeypatch)
-    hardware.require_poolable(50 * GIB)
+    hardware.require_memory(50 * GIB, option="host_pool_bytes")
     machine(monkeypatch, available_bytes=None)
-    hardware.require_poolable(500 * GIB)
+    hardware.require_memory(500 * GIB, option="host_pool_bytes")
 
 
 def test_a_pool_larger_than_the_free_memory_is_refused_by_name(monkeypatch):
     machine(monkeypatch)
     with pytest.raises(ConfigError, match=r"host_pool_bytes is 51\.0 GiB, but 50\.0 GiB") as caught:
-        hardware.require_poolable(51 * GIB)
+        hardware.require_memory(51 * GIB, option="host_pool_bytes")
     assert caught.value.option == "host_pool_bytes"
     assert "container" not in str(caught.value)
 
 
 def test_a_container_s_limit_counts_and_is_named(monkeypatch):
     machine(monkeypatch, cgroup_limit_bytes=16 * GIB, cgroup_used_bytes=4 * GIB)
-    hardware.require_poolable(12 * GIB)
+    hardware.require_memory(12 * GIB, option="host_pool_bytes")
     with pytest.raises(ConfigError, match=r"12\.0 GiB .* container's limit is 16\.0 GiB"):
-        hardware.require_poolable(13 * GIB)
+        hardware.require_memory(13 * GIB, option="host_pool_bytes")
 
 
 def groups(monkeypatch, tmp_path, own: str, files: dict[str, str]) -> hardware.Hardware:

@@ -18,6 +18,7 @@ from pie_async.assembly.parts import Parts, Progress
 from pie_async.assembly.sizing import count_device_slots, default_limits, model_layout
 from pie_async.config import EngineConfig
 from pie_async.device.cpu import CpuDevice
+from pie_async.hardware import require_memory
 from pie_async.model.guides import mask_shape
 from pie_async.model.runner import ModelRunner
 
@@ -25,6 +26,8 @@ from pie_async.model.runner import ModelRunner
 def assemble_cpu(config: EngineConfig, progress: Progress | None) -> Parts:
     """See `assemble`."""
     refuse_quantization(config)
+    require_memory(config.host_pool_bytes, option="host_pool_bytes")
+    require_memory(config.device_kv_bytes or 0, option="device_kv_bytes")
     files = read_files(config)
     limits = default_limits(config)
     dtype: torch.dtype = getattr(torch, files.dtype_name)

@@ -33,7 +33,7 @@ from pie_async.core.batch_shapes import buckets
 from pie_async.core.layout import KvLayout, affordable_groups
 from pie_async.core.token_budget import IterationCost, tokens_within
 from pie_async.errors import ConfigError, DeviceFault
-from pie_async.hardware import require_poolable
+from pie_async.hardware import require_memory
 
 if TYPE_CHECKING:
     import torch
@@ -66,7 +66,7 @@ def assemble_cuda(config: EngineConfig, progress: Progress | None) -> Parts:
 
     place = parse_pool(config.pool)
     if place.peer is None:
-        require_poolable(config.host_pool_bytes)
+        require_memory(config.host_pool_bytes, option="host_pool_bytes")
     files = read_files(config)
     require_cuda("fp8" if files.config.quantization else None)  # the checkpoint's own
     check_kernels(config, files.config)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+import types
+
 import pytest
 from support.fake_cuda_driver import FakeDriver
 
@@ -23,12 +26,10 @@ def loads_nothing(monkeypatch):
     def load(*_: object) -> None:
         raise AssertionError("weights were loaded")
 
-    module = pytest.importorskip("pie_async.cuda.driver")
-    monkeypatch.setattr(
-        module,
-        "Driver",
-        lambda _: FakeDriver(links={1: "nvlink", 2: "none"}, neighbour_bytes=2**20),
-    )
+    # The driver's own module needs cuda-python; what takes its place does not.
+    module = types.ModuleType("pie_async.cuda.driver")
+    module.Driver = lambda _: FakeDriver(links={1: "nvlink", 2: "none"}, neighbour_bytes=2**20)
+    monkeypatch.setitem(sys.modules, module.__name__, module)
     monkeypatch.setattr(errors, "require_cuda", lambda _: None)
     monkeypatch.setattr(card_memory, "SLACK_BYTES", 0)
     monkeypatch.setattr(on_cpu, "load", load)
@@ -45,6 +46,8 @@ def loads_nothing(monkeypatch):
         ([*CUDA, "--pool", "peer:2"], "--pool", "possible here: host, peer:1"),
         ([*CUDA, "--pool", "peer:0"], "--pool", "the one that computes"),
         ([*CUDA, "--pool", "peer:1", "--host-pool", "1GiB"], "--host-pool", "1.0 MiB are free"),
+        ([*CPU, "--host-pool", "4000TiB"], "--host-pool", "of memory are free"),
+        ([*CPU, "--device-kv", "4000TiB"], "--device-kv", "of memory are free"),
         ([*CPU, "--pool", "disk"], "--pool", "peer:N"),
         ([*CPU, "--pool", "peer:1"], "--pool", "device cuda"),
         ([*CPU, "--host-pool", "-1"], "--host-pool", "64MiB"),
