@@ -81,14 +81,17 @@ def _search(
     add: Callable[[Point], None],
     run: Callable[[Coroutine[Any, Any, Row]], Row],
 ) -> None:
+    def measured(link: str | None, kv_bytes: int) -> Row:
+        return run(_measure(given, link, kv_bytes))
+
     sizes = [parse_size(size, option="--kv") for size in given.kv]
     progress = Progress((1 + len(given.link)) * len(sizes))
     off: dict[int, Row] = {}
     for size in sizes:
         progress.begin(f"{format_size(size)} without a pool")
-        off[size] = run(_measure(given, None, size))
+        off[size] = measured(None, size)
     for link in given.link:
-        curve = _Curve(partial(_run, given, run, link))
+        curve = _Curve(partial(measured, link))
         for size in sizes:
             progress.begin(f"{link}, what does as much as {format_size(size)}")
             before = len(curve.rows)
@@ -96,15 +99,6 @@ def _search(
             found = least_kv(curve, wanted, size, curve.known, precision=given.precision)
             curve(found)
             add(_point(given, link, off[size], curve.rows[found], len(curve.rows) - before))
-
-
-def _run(
-    given: argparse.Namespace,
-    run: Callable[[Coroutine[Any, Any, Row]], Row],
-    link: str,
-    size: int,
-) -> Row:
-    return run(_measure(given, link, size))
 
 
 class _Curve:
