@@ -264,6 +264,8 @@ def _at(
 
 def draw(figure: Any, points: Sequence[Point]) -> None:
     """Normalised latency (median solid, p99 dashed) over rate; a panel per workload."""
+    from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
+
     workloads = list(dict.fromkeys(point.workload for point in points))
     panels = figure.subplots(1, len(workloads), squeeze=False)[0]
     for axes, workload in zip(panels, workloads, strict=True):
@@ -271,14 +273,19 @@ def draw(figure: Any, points: Sequence[Point]) -> None:
         for mode in dict.fromkeys(point.mode for point in here):
             line = sorted((p for p in here if p.mode == mode), key=lambda p: p.requests_per_s)
             rates = [point.requests_per_s for point in line]
-            (drawn,) = axes.plot(rates, [p.normalized_p50_s for p in line], "o-", label=mode)
-            axes.plot(rates, [p.normalized_p99_s for p in line], "--", color=drawn.get_color())
+            medians = [1e3 * point.normalized_p50_s for point in line]
+            (drawn,) = axes.plot(rates, medians, "o-", label=mode)
+            highest = [1e3 * point.normalized_p99_s for point in line]
+            axes.plot(rates, highest, "--", color=drawn.get_color())
         axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(ScalarFormatter())
+        axes.yaxis.set_minor_formatter(NullFormatter())
         axes.set_xlabel("requests/s")
         axes.set_title(Path(workload).stem)
         axes.grid(alpha=0.3)
         axes.legend()
-    panels[0].set_ylabel("latency by output token, s (dashed: p99)")
+    panels[0].set_ylabel("latency by output token, ms (dashed: p99)")
 
 
 def _parser() -> argparse.ArgumentParser:
