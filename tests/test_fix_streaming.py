@@ -23,12 +23,13 @@ pytestmark = pytest.mark.realtime
 
 async def tokens_and_streamed(engine: Engine, **fixed) -> tuple[list[int], int]:
     """The tokens of one request, and how many blocks were streamed before its last one."""
-    tokens, streamed = [], 0
+    tokens: list[int] = []
+    streamed = 0
     if fixed:
         await engine.fix_streaming(fixed["limit"], least_blocks=fixed["least"])
     stream = await engine.submit(PROMPT, GREEDY)
     async for output in stream:
-        tokens += output.outputs[0].token_ids
+        tokens = list(output.outputs[0].token_ids)
         if output.outputs[0].finish_reason is None:
             streamed = engine.stats().streamed_blocks
     return tokens, streamed
