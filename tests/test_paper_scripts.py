@@ -19,6 +19,10 @@ from scripts.paper.load import Row
 from scripts.paper.progress import Progress
 
 BUILTIN = ["--device", "cpu", "--model", "builtin", "--load-format", "checkpoint"]
+THREE_DECODE = [
+    *BUILTIN, "--batch", "3", "--context", "96", "--host-pool", "32MiB",
+    "--set", "cpu_threads=1", "--set", "max_model_len=1500",
+]  # fmt: skip
 
 pytestmark = pytest.mark.realtime
 
@@ -31,14 +35,16 @@ def rows_of(folder, name):
     return found["rows"]
 
 
-def test_transparency_compares_each_share_with_nothing_streamed(tmp_path, monkeypatch, capsys):
-    arguments = [
-        *BUILTIN, "--batch", "3", "--context", "96", "--iterations", "6", "--shares", "0.5", "1.5",
-        "--kv", "64MiB", "--host-pool", "32MiB", "--results", str(tmp_path),
-        "--set", "link_bytes_per_s=2e8", "--set", "cpu_threads=1", "--set", "max_model_len=1500",
-    ]  # fmt: skip
-    monkeypatch.setattr("sys.argv", ["transparency", *arguments])
+def run_transparency(folder, monkeypatch, *arguments):
+    monkeypatch.setattr("sys.argv", ["transparency", *arguments, "--results", str(folder)])
     transparency.main()
+
+
+def test_transparency_compares_each_share_with_nothing_streamed(tmp_path, monkeypatch, capsys):
+    run_transparency(
+        tmp_path, monkeypatch, *THREE_DECODE, "--iterations", "6", "--shares", "0.5", "1.5",
+        "--kv", "64MiB", "--set", "link_bytes_per_s=2e8",
+    )  # fmt: skip
     few, many = rows_of(tmp_path, "transparency")
     assert 0 < few["streamed_bytes"] < many["streamed_bytes"]
     assert few["streamed_bytes"] % (96 * 1024) == 0
@@ -49,14 +55,12 @@ def test_transparency_compares_each_share_with_nothing_streamed(tmp_path, monkey
 
 def test_transparency_of_a_simulated_card_is_in_its_own_time(tmp_path, monkeypatch):
     arguments = [
-        "transparency", "--device", "sim", "--set", 'sim_link="nvlink-c2c"', "--batch", "16",
+        "--device", "sim", "--set", 'sim_link="nvlink-c2c"', "--batch", "16",
         "--iterations", "10", "--shares", "0.4", "0.8", "--kv", "8GiB", "--host-pool", "8GiB",
     ]  # fmt: skip
     found = {}
     for name, gpu in (("first", "gh200"), ("again", "gh200"), ("other", "h100")):
-        more = ["--gpu", gpu, "--name", name, "--results", str(tmp_path)]
-        monkeypatch.setattr("sys.argv", [*arguments, *more])
-        transparency.main()
+        run_transparency(tmp_path, monkeypatch, *arguments, "--gpu", gpu, "--name", name)
         found[name] = [{**row, "launch_s": 0} for row in rows_of(tmp_path, name)]
     assert found["first"] == found["again"]
     some, many = found["first"]
@@ -66,31 +70,21 @@ def test_transparency_of_a_simulated_card_is_in_its_own_time(tmp_path, monkeypat
 
 
 def test_transparency_refuses_a_batch_that_outgrows_the_device(tmp_path, monkeypatch):
-    arguments = [
-        *BUILTIN, "--batch", "3", "--context", "96", "--iterations", "60", "--shares", "0.5",
-        "--kv", "4MiB", "--host-pool", "32MiB", "--results", str(tmp_path),
-        "--set", "cpu_threads=1", "--set", "max_model_len=1500",
-    ]  # fmt: skip
-    monkeypatch.setattr("sys.argv", ["transparency", *arguments])
+    arguments = [*THREE_DECODE, "--iterations", "60", "--shares", "0.5", "--kv", "4MiB"]
     with pytest.raises(
         SystemExit, match=r"sequences of 376 tokens take .* device has 3.9 MiB.*--kv"
     ):
-        transparency.main()
+        run_transparency(tmp_path, monkeypatch, *arguments)
     assert not list(tmp_path.iterdir())
 
 
 def test_transparency_ends_when_a_sequence_is_parked(tmp_path, monkeypatch):
     """What changes of the streamed blocks take cannot be known beforehand."""
-    arguments = [
-        *BUILTIN, "--batch", "3", "--context", "96", "--iterations", "150", "--shares", "0.5",
-        "--kv", "4MiB", "--host-pool", "32MiB", "--results", str(tmp_path),
-        "--set", "cpu_threads=1", "--set", "max_model_len=1500",
-    ]  # fmt: skip
-    monkeypatch.setattr("sys.argv", ["transparency", *arguments])
+    arguments = [*THREE_DECODE, "--iterations", "150", "--shares", "0.5", "--kv", "4MiB"]
     monkeypatch.setattr(transparency, "_check_room", lambda *_: None)
     monkeypatch.setattr(transparency, "PROBE_BLOCKS", 4)
     with pytest.raises(SystemExit, match=r"of 3 sequences are parked.*all must fit.*--kv"):
-        transparency.main()
+        run_transparency(tmp_path, monkeypatch, *arguments)
 
 
 def test_throughput_runs_one_load_in_every_mode(tmp_path, monkeypatch):

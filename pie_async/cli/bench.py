@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import datetime
 import time
 from collections.abc import Callable, Sequence
@@ -276,12 +275,11 @@ async def _finish(measured: Any, path: Path | None) -> int:
 
 
 async def _bench_engine(job: LoadPlan, config: EngineConfig) -> Report:
-    from pie_async.cli.load import EngineTarget, PoolWatch
+    from pie_async.cli.load import EngineTarget, PoolWatch, clock_of
 
     async with started(config) as engine:
         items = job.items(engine.model.max_model_len)
-        is_virtual = config.device == "sim"
-        clock = asyncio.get_running_loop().time if is_virtual else time.perf_counter
+        clock = clock_of(config)
         watch = PoolWatch(engine, clock)
         first = engine.stats()
         async with watch.watching():

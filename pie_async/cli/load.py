@@ -10,6 +10,7 @@ from typing import Protocol
 
 import msgspec
 
+from pie_async.config import EngineConfig
 from pie_async.errors import PieError
 from pie_async.measurements import RequestTimes
 from pie_async.metrics import EngineStats
@@ -20,6 +21,12 @@ from pie_async.workload import WorkItem, prompt_token_ids
 Clock = Callable[[], float]
 
 WATCH_EVERY_S = 0.05
+
+
+def clock_of(config: EngineConfig) -> Clock:
+    """The running loop's on the simulated device, where time is virtual; elsewhere a finer one than
+    uvloop's."""
+    return asyncio.get_running_loop().time if config.device == "sim" else time.perf_counter
 
 
 class Target(Protocol):

@@ -74,24 +74,17 @@ def main() -> None:
     facts = {"seed": given.seed, "settings": given.set, "batch": given.batch}
     results = Results(given.name, given.results, facts, draw)
     placements = given.placements if "flexgen" in given.engines and not is_sim else []
-    progress = Progress(len(given.outputs) * (len(placements) + ("pie" in given.engines)))
-
-    def begins(part: str) -> bool:
-        if not budget.allows(part):
-            return False
-        progress.begin(part)
-        return True
-
+    parts = len(given.outputs) * (len(placements) + ("pie" in given.engines))
+    progress = Progress(parts, budget)
     with loop_of(given) as runner:
         for output in given.outputs:
             half: Rates | None = None
             for placement in placements:
-                if begins(f"flexgen {placement}, {output} tokens") and (
-                    found := _flexgen(given, placement, output)
-                ):
+                name = f"flexgen {placement}, {output} tokens"
+                if progress.begins(name) and (found := _flexgen(given, placement, output)):
                     half = found if placement == "half" else half
                     results.add(found)
-            if "pie" in given.engines and begins(f"pie, {output} tokens"):
+            if "pie" in given.engines and progress.begins(f"pie, {output} tokens"):
                 results.add(runner.run(_pie(given, output, half)))
     budget.tell()
     results.finish()

@@ -12,12 +12,11 @@ from typing import Any
 import msgspec
 
 from pie_async import Engine
-from pie_async.cli.load import EngineTarget, Prompts, put_load
+from pie_async.cli.load import EngineTarget, Prompts, clock_of, put_load
 from pie_async.config import EngineConfig
 from pie_async.measurements import RequestTimes, percentile, summarize
 from pie_async.metrics import EngineStats
 from pie_async.workload import WorkItem, clip
-from scripts.paper.options import clock_of
 from scripts.paper.results import freeze, thaw
 
 FIRST_TOKEN = 10

@@ -56,12 +56,10 @@ def main() -> None:
     runs = [(requests, mode) for requests in given.requests for mode in given.modes]
     budget = Budget(given.budget)
     with loop_of(given) as runner:
-        progress = Progress(len(runs))
+        progress = Progress(len(runs), budget)
         for requests, mode in runs:
-            if not budget.allows(f"{requests} requests, {mode}"):
-                continue
-            progress.begin(f"{requests} requests, {mode}")
-            results.add(runner.run(_run(given, requests, mode)))
+            if progress.begins(f"{requests} requests, {mode}"):
+                results.add(runner.run(_run(given, requests, mode)))
     budget.tell()
     results.finish()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -104,12 +104,6 @@ def engine_config(given: argparse.Namespace, kv_bytes: int, **fields: Any) -> En
     }
     asked |= dict(map(setting, given.set))
     return EngineConfig(**{**asked, **fields})
-
-
-def clock_of(config: EngineConfig) -> Callable[[], float]:
-    """The running loop's on the simulated device, where time is virtual; elsewhere a finer one than
-    uvloop's."""
-    return asyncio.get_running_loop().time if config.device == "sim" else time.perf_counter
 
 
 def setting(text: str) -> tuple[str, Any]:

@@ -10,11 +10,10 @@ from typing import Any
 import msgspec
 
 from pie_async import Engine
-from pie_async.cli.load import EngineTarget, Prompts
+from pie_async.cli.load import EngineTarget, Prompts, clock_of
 from pie_async.metrics import EngineStats
 from pie_async.workload import LengthModel, WorkItem, arrive_at_rate, sample_lengths
 from scripts.paper.load import FIRST_TOKEN
-from scripts.paper.options import clock_of
 
 SHORT = LengthModel(prompt_mean=160.0, prompt_spread=0.5, output_mean=200.0, output_spread=0.3)
 LONG_PROMPTS = LengthModel(

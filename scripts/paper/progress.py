@@ -8,6 +8,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
+from scripts.paper.options import Budget
+
 WIDTH = 20
 
 
@@ -16,14 +18,29 @@ class Progress:
 
     Args:
         parts: that there are.
+        budget: without which `begins` lets every part begin.
         clock: seconds.
     """
 
-    def __init__(self, parts: int, *, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        parts: int,
+        budget: Budget | None = None,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._parts = parts
+        self._budget = budget
         self._begun = 0
         self._clock = clock
         self._began_s = clock()
+
+    def begins(self, part: str) -> bool:
+        """Whether the budget allows this part; if so it begins."""
+        if self._budget is not None and not self._budget.allows(part):
+            return False
+        self.begin(part)
+        return True
 
     def begin(self, part: str) -> None:
         """Say that this part begins, and how long the others may take by those that were."""

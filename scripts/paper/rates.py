@@ -159,11 +159,10 @@ class _Run:
         rates = {share * off for share in given.shares}
         if own is not None:
             rates |= {share * own for share in given.own}
-        progress = Progress(len(rates))
+        progress = Progress(len(rates), self.budget)
         for rate in sorted(rates):
-            if not self.budget.allows(f"{workload} {mode} {rate:.3f}/s"):
+            if not progress.begins(f"{workload} {mode} {rate:.3f}/s"):
                 continue
-            progress.begin(f"{workload}, {mode}, {rate:.3f}/s")
             requests = max(FEWEST_REQUESTS, round(rate * given.seconds))
             row = run(workload, mode, requests, rate)
             self._add(_point(row, rate / off, rate / own if own else 0.0))

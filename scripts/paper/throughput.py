@@ -49,13 +49,12 @@ def main() -> None:
         return
     facts = {"seed": given.seed, "settings": given.set}
     results = Results(given.name, given.results, facts, draw)
-    progress = Progress(len(given.kv) * len(given.modes))
+    progress = Progress(len(given.kv) * len(given.modes), budget)
     with loop_of(given) as runner:
         for kv in given.kv:
             for mode in given.modes:
-                if not budget.allows(f"{kv} {mode}"):
+                if not progress.begins(f"{kv} {mode}"):
                     continue
-                progress.begin(f"{kv} {mode}")
                 kv_bytes = parse_size(kv, option="--kv")
                 if mode in VLLM_MODES:
                     _add_vllm(given, results, kv_bytes, mode)

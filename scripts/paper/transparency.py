@@ -22,13 +22,14 @@ from typing import Any, NamedTuple
 import msgspec
 
 from pie_async import Engine, SamplingParams
+from pie_async.cli.load import clock_of
 from pie_async.config import EngineConfig, format_size, parse_size
 from pie_async.device.cost_model import gpu_named
 from pie_async.metrics import EngineStats
 from pie_async.request_stream import RequestStream
 from scripts._bench_gpu.breakdown import Breakdown, profiled
 from scripts._bench_gpu.host_time import HostTime
-from scripts.paper.options import Budget, add_budget, clock_of, loop_of
+from scripts.paper.options import Budget, add_budget, loop_of, setting
 from scripts.paper.progress import Progress
 from scripts.paper.results import RESULTS, Results, freeze, replot, thaw
 
@@ -332,9 +333,7 @@ def _config(given: argparse.Namespace, batch: int) -> EngineConfig:
         fields["sim_gpu"] = given.gpu
     if given.kv is not None:
         fields["device_kv_bytes"] = parse_size(given.kv, option="--kv")
-    for setting in given.set:
-        name, _, value = setting.partition("=")
-        fields[name] = msgspec.json.decode(value)
+    fields |= dict(map(setting, given.set))
     return EngineConfig(**fields)
 
 
