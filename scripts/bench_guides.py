@@ -38,6 +38,8 @@ class Gaps(NamedTuple):
 
     @classmethod
     def of(cls, gaps_s: list[float]) -> Gaps:
+        if not gaps_s:
+            return cls(0.0, 0.0)
         ordered = sorted(gaps_s)
         return cls(1e3 * percentile(ordered, 50), 1e3 * percentile(ordered, 99))
 
@@ -58,7 +60,9 @@ async def times_of(engine: Engine, *, is_guided: bool, tokens: int, seed: int) -
     return came_s
 
 
-async def neighbours(engine: Engine, *, share: float, sequences: int, tokens: int) -> list[Gaps]:
+async def neighbours(
+    engine: Engine, *, share: float, sequences: int, tokens: int
+) -> tuple[Gaps, Gaps]:
     """Of the sequences without a guide, then of those with one; either may be missing."""
     guided = [number < share * sequences for number in range(sequences)]
     async with asyncio.TaskGroup() as group:
@@ -72,7 +76,7 @@ async def neighbours(engine: Engine, *, share: float, sequences: int, tokens: in
     for is_guided, came_s in zip(guided, times, strict=True):
         counted = [at_s for at_s in came_s if begin_s <= at_s <= end_s]
         gaps_s[is_guided] += [later - sooner for sooner, later in pairwise(counted)]
-    return [Gaps.of(each) if each else Gaps(0.0, 0.0) for each in gaps_s.values()]
+    return Gaps.of(gaps_s[False]), Gaps.of(gaps_s[True])
 
 
 class Seen(NamedTuple):

@@ -24,7 +24,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -389,7 +389,7 @@ async def watch(port: int, streams: int, tokens: int) -> None:
 
 def main() -> None:
     """See the module."""
-    helpers = {
+    helpers: dict[str, Callable[..., Coroutine[Any, Any, object]]] = {
         "serve": lambda streams, inside: serve_paced(int(streams), bool(int(inside))),
         "watch": lambda *numbers: watch(*map(int, numbers)),
         "read": lambda port, streams: run_clients(int(port), int(streams), 100_000 - 3),

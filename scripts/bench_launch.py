@@ -60,7 +60,7 @@ class Delays:
             delays._thread.launch(lambda: delays._issue(heard_s, lambda: launch(device, issue)))
 
         SchedulerActor._settle = hear  # type: ignore[method-assign, assignment]
-        SimDevice.launch = hand_over  # type: ignore[method-assign]
+        SimDevice.launch = hand_over  # type: ignore[method-assign, assignment]
 
     def _issue(self, heard_s: float, issue: Callable[[], None]) -> None:
         began_s = time.perf_counter()

@@ -72,7 +72,7 @@ def _python_bytes() -> int:
         errors = os.dup(2)
         os.dup2(told.fileno(), 2)
         try:
-            sys._debugmallocstats()  # type: ignore[attr-defined]  # CPython's own
+            sys._debugmallocstats()  # CPython's own
         finally:
             os.dup2(errors, 2)
             os.close(errors)

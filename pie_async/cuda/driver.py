@@ -33,7 +33,7 @@ class Driver:
     """
 
     def __init__(self, device: torch.device) -> None:
-        torch.cuda.init()  # type: ignore[no-untyped-call]
+        torch.cuda.init()
         ordinal = torch.cuda.current_device() if device.index is None else device.index
         self.device = torch.device("cuda", ordinal)
         _checked(cuda.cuInit(0), "starting")
@@ -95,7 +95,7 @@ class Driver:
     def torch_on(self, stream: int) -> AbstractContextManager[Any]:
         """Inside it, the calling thread's torch operations go to this stream."""
         if stream not in self._torch_streams:
-            external = torch.cuda.ExternalStream(stream, self.device)  # type: ignore[no-untyped-call]
+            external = torch.cuda.ExternalStream(stream, self.device)
             self._torch_streams[stream] = external
         return torch.cuda.stream(self._torch_streams[stream])
 
@@ -144,7 +144,7 @@ class Driver:
         clock = cuda.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_CLOCK_RATE
         khz = _checked(cuda.cuDeviceGetAttribute(clock, self._gpu), "asking for the clock's rate")
         with self.torch_on(stream):
-            torch.cuda._sleep(int(seconds * float(khz) * 1e3))  # type: ignore[no-untyped-call]
+            torch.cuda._sleep(int(seconds * float(khz) * 1e3))
 
     # --- memory -----------------------------------------------------------------------------
 

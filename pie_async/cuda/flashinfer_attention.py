@@ -168,7 +168,7 @@ class FlashInferAttention:
             kv_data_type=heads.dtype,
         )
         if self._is_cuda:
-            turn.copied = turn.copied or torch.cuda.Event()  # type: ignore[no-untyped-call]
+            turn.copied = turn.copied or torch.cuda.Event()
             turn.copied.record()
         return FlashInferPlan(turn.wrapper, first_tokens[-1])
 

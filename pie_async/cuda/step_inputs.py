@@ -65,7 +65,7 @@ class Uploader:
         """Copy the first `size` numbers, ordered on the current stream."""
         copy(self._seen[self._next][:size], self.device_buffer[:size])
         if self.device_buffer.is_cuda:
-            event = self._copied[self._next] or torch.cuda.Event()  # type: ignore[no-untyped-call]
+            event = self._copied[self._next] or torch.cuda.Event()
             event.record()
             self._copied[self._next] = event
         self._next = (self._next + 1) % _BUFFERS

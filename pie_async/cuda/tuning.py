@@ -199,8 +199,8 @@ def replay_seconds(run: Run, weights: Sequence[Tensor]) -> float:
 
 
 def _milliseconds(work: Callable[[], None]) -> float:
-    begin = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-    end = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+    begin = torch.cuda.Event(enable_timing=True)
+    end = torch.cuda.Event(enable_timing=True)
     begin.record()
     work()
     end.record()
@@ -211,7 +211,7 @@ def _milliseconds(work: Callable[[], None]) -> float:
 @functools.cache
 def _stream() -> torch.cuda.Stream:
     """One for good: torch keeps a workspace for every stream that ever saw a product."""
-    return torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    return torch.cuda.Stream()
 
 
 def _bucket(m: int) -> int | None:

@@ -152,7 +152,7 @@ def pack_linear(weight: Tensor, bias: Tensor | None) -> PackedLinear | None:
     operators = torch.ops.mkldnn
     if weight.device.type != "cpu" or weight.dtype != torch.float32:
         return None
-    has_onednn = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    has_onednn = torch.backends.mkldnn.is_available()
     if not (has_onednn and hasattr(operators, "_linear_pointwise")):
         return None
     packed = operators._reorder_linear_weight(weight, _PACKED_FOR_ROWS)

@@ -89,11 +89,11 @@ _in_use = _InUse()
 
 def _keep(host: Tensor) -> None:
     """Until the current stream got so far."""
-    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    event = torch.cuda.Event()
     event.record()
     tensors = _in_use.tensors
     tensors.append((event, host))
-    while tensors[0][0].query():  # type: ignore[no-untyped-call]
+    while tensors[0][0].query():
         tensors.popleft()
         if not tensors:
             return

@@ -82,7 +82,7 @@ def _random(*shape: int) -> torch.Tensor:
 
 
 def _replayed_s(work: Callable[[], None]) -> float:
-    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())  # which makes the tensors
     with torch.cuda.stream(stream):
         for _ in range(3):
@@ -101,4 +101,4 @@ def _replayed_s(work: Callable[[], None]) -> float:
 
 
 def _event() -> torch.cuda.Event:
-    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+    return torch.cuda.Event(enable_timing=True)

@@ -109,12 +109,12 @@ def replay_us(works: Sequence[Work], *, replays: int) -> float:
 @functools.cache
 def _stream() -> torch.cuda.Stream:
     """One for good: torch keeps a workspace for every stream that ever saw a product."""
-    return torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    return torch.cuda.Stream()
 
 
 def _milliseconds(graph: torch.cuda.CUDAGraph, others: Tensor) -> float:
-    begin = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-    end = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+    begin = torch.cuda.Event(enable_timing=True)
+    end = torch.cuda.Event(enable_timing=True)
     others.sum()  # read, not written: nothing is left to write back while the graph runs
     begin.record()
     graph.replay()

@@ -43,7 +43,7 @@ def check(client: openai.OpenAI) -> None:
     ).choices[0]
     assert called.finish_reason == "tool_calls"
     for call in called.message.tool_calls or ():
-        is_weather(call.function.arguments)  # type: ignore[union-attr]
+        is_weather(call.function.arguments)
     schema: Any = {"name": "weather", "schema": WEATHER, "strict": True}
     formed = client.chat.completions.create(
         **asked, max_tokens=300, response_format={"type": "json_schema", "json_schema": schema}

@@ -49,7 +49,7 @@ class Connection:
 
         The reader's own limit is small, so that who takes nothing holds nothing.
         """
-        pieces = []
+        pieces: list[bytes] = []
         while not pieces or not pieces[-1].endswith(b"\n"):
             try:
                 pieces.append(await self.reader.readuntil(b"\n"))

@@ -19,7 +19,7 @@ import msgspec
 
 from pie_async.config import parse_size
 from scripts.paper.load import Row, measure
-from scripts.paper.options import engine_config, loop_of, parser_of, requests_of
+from scripts.paper.options import add_context, engine_config, loop_of, parser_of, requests_of
 from scripts.paper.progress import Progress
 from scripts.paper.results import Results, replot
 
@@ -115,6 +115,7 @@ def draw(figure: Any, rows: Sequence[Ablation]) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = parser_of(__doc__, name="ablations")
+    add_context(parser)
     add = parser.add_argument
     add("--kv", default="4GiB")
     add("--parts", nargs="+", default=list(PARTS), choices=list(PARTS))

@@ -28,7 +28,7 @@ from pie_async.device.cost_model import (
     shape_named,
 )
 from scripts.paper.load import Engines
-from scripts.paper.options import engine_config, loop_of, parser_of
+from scripts.paper.options import add_context, engine_config, loop_of, parser_of
 from scripts.paper.phases import LONG_PROMPTS, SHORT, Phase, PhaseSeen, Seen, run_phases
 from scripts.paper.progress import Progress
 from scripts.paper.results import Results, replot
@@ -236,6 +236,7 @@ def draw(figure: Any, points: Sequence[Point]) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = parser_of(__doc__, name="adaptivity")
+    add_context(parser)
     add = parser.add_argument
     add("--gpu", default="h200", help="of the bound, and what is simulated")
     add("--link", default="pcie5", help="the way to the pool; of the bound, and simulated")

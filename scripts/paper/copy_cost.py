@@ -182,7 +182,7 @@ def _measure(
 
 
 def _timed_event() -> torch.cuda.Event:
-    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+    return torch.cuda.Event(enable_timing=True)
 
 
 def _between_s(began: torch.cuda.Event, ended: torch.cuda.Event) -> float:

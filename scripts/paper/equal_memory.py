@@ -23,7 +23,7 @@ from pie_async.assembly.sizing import model_layout
 from pie_async.config import format_size, parse_size
 from pie_async.device.cost_model import ModelShape, gpu_named, link_named, shape_named
 from scripts.paper.load import Row, measure
-from scripts.paper.options import MODES, engine_config, loop_of, parser_of, requests_of
+from scripts.paper.options import MODES, add_context, engine_config, loop_of, parser_of, requests_of
 from scripts.paper.progress import Progress
 from scripts.paper.results import Results, replot
 
@@ -259,6 +259,7 @@ def draw(figure: Any, points: Sequence[Point]) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = parser_of(__doc__, name="equal_memory")
     parser.set_defaults(host_pool="64GiB")
+    add_context(parser)
     add = parser.add_argument
     add("--gpu", default="h200", help="of the bound, and what is simulated")
     add("--link", nargs="+", default=["nvlink"], help="of the bound; each of them is simulated")

@@ -18,7 +18,7 @@ import msgspec
 from pie_async.config import parse_size
 from pie_async.device.cost_model import gpu_named, link_named, pooling_bound, shape_named
 from scripts.paper.load import Row, measure
-from scripts.paper.options import MODES, engine_config, loop_of, parser_of, requests_of
+from scripts.paper.options import MODES, add_context, engine_config, loop_of, parser_of, requests_of
 from scripts.paper.progress import Progress
 from scripts.paper.results import Results, replot
 
@@ -140,6 +140,7 @@ def draw(figure: Any, rows: Sequence[CardRow]) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = parser_of(__doc__, name="gpus")
+    add_context(parser)
     add = parser.add_argument
     add("--cards", nargs="+", default=list(CARDS), choices=list(CARDS))
     add("--kv", nargs="+", help="instead of each card's own sizes")

@@ -21,7 +21,7 @@ from pie_async.config import parse_size
 from pie_async.messages import IterationObserved, SetStreamedLimit
 from pie_async.story import Entry
 from scripts.paper.load import Row, measure_on, running
-from scripts.paper.options import engine_config, loop_of, parser_of, requests_of
+from scripts.paper.options import add_context, engine_config, loop_of, parser_of, requests_of
 from scripts.paper.results import Results, replot
 
 
@@ -158,6 +158,7 @@ def draw(figure: Any, rows: Sequence[Iteration]) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = parser_of(__doc__, name="iterations")
+    add_context(parser)
     add = parser.add_argument
     add("--kv", default="4GiB")
     add("--workload", default="sharegpt-like", help="or an Azure trace's CSV file")

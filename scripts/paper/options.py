@@ -1,4 +1,4 @@
-"""Options that the experiments with a load have in common, and what they mean."""
+"""Options that the experiments have in common, and what they mean."""
 
 from __future__ import annotations
 
@@ -50,7 +50,6 @@ def parser_of(description: str | None, *, name: str) -> argparse.ArgumentParser:
     add("--model", default="qwen2.5-32b")
     add("--device", default="cuda")
     add("--load-format", default="random", help="sim: always checkpoint, it has no weights")
-    add("--context", type=int, default=2048, help="longer requests are cut to it")
     add("--host-pool", default="32GiB")
     add("--set", action="append", default=[], metavar="NAME=JSON", help="any engine option")
     add("--seed", type=int, default=0)
@@ -58,6 +57,11 @@ def parser_of(description: str | None, *, name: str) -> argparse.ArgumentParser:
     add("--results", type=Path, default=RESULTS)
     add("--plot-only", action="store_true", help="draw what --results holds")
     return parser
+
+
+def add_context(parser: argparse.ArgumentParser) -> None:
+    """The option of `requests_of`."""
+    parser.add_argument("--context", type=int, default=2048, help="longer requests are cut to it")
 
 
 class Budget:
@@ -86,11 +90,11 @@ def add_budget(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--budget", type=float, help="seconds after which no new row is begun")
 
 
-def engine_config(given: argparse.Namespace, kv_bytes: int, **fields: Any) -> EngineConfig:
+def engine_config(given: argparse.Namespace, kv_bytes: int | None, **fields: Any) -> EngineConfig:
     """The engine that the options ask for.
 
     Args:
-        kv_bytes: of the device's memory for KV.
+        kv_bytes: of the device's memory for KV; None: all that it has left.
         fields: engine options that the experiment sets; they win over --set.
     """
     asked: dict[str, Any] = {

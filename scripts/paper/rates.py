@@ -32,6 +32,7 @@ from scripts.paper.options import (
     MODES,
     Budget,
     add_budget,
+    add_context,
     engine_config,
     loop_of,
     parser_of,
@@ -289,6 +290,7 @@ def draw(figure: Any, points: Sequence[Point]) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = parser_of(__doc__, name="rates")
+    add_context(parser)
     add = parser.add_argument
     add("--kv", default="4GiB")
     add("--modes", nargs="+", default=list(MODES), choices=[*MODES, *VLLM_MODES])

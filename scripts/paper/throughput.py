@@ -22,6 +22,7 @@ from scripts.paper.options import (
     MODES,
     Budget,
     add_budget,
+    add_context,
     engine_config,
     loop_of,
     parser_of,
@@ -109,6 +110,7 @@ def draw(figure: Any, rows: Sequence[Row]) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = parser_of(__doc__, name="throughput")
+    add_context(parser)
     parser.set_defaults(context=4096)
     add = parser.add_argument
     add("--kv", nargs="+", default=["2GiB", "4GiB", "7GiB", "12GiB"])

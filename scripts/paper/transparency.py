@@ -16,22 +16,21 @@ import argparse
 import statistics
 from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import msgspec
 
 from pie_async import Engine, SamplingParams
 from pie_async.cli.load import clock_of
-from pie_async.config import EngineConfig, format_size, parse_size
+from pie_async.config import format_size, parse_size
 from pie_async.device.cost_model import gpu_named
 from pie_async.metrics import EngineStats
 from pie_async.request_stream import RequestStream
 from scripts._bench_gpu.breakdown import Breakdown, profiled
 from scripts._bench_gpu.host_time import HostTime
-from scripts.paper.options import Budget, add_budget, loop_of, setting
+from scripts.paper.options import Budget, add_budget, engine_config, loop_of, parser_of
 from scripts.paper.progress import Progress
-from scripts.paper.results import RESULTS, Results, freeze, replot, thaw
+from scripts.paper.results import Results, freeze, replot, thaw
 
 SHARES = (0.2, 0.4, 0.6, 0.8, 0.95, 1.1)
 SETTLING_ITERATIONS = 10
@@ -114,8 +113,11 @@ def main() -> None:
 async def _measure(
     given: argparse.Namespace, results: Results, progress: Progress, batch: int, context: int
 ) -> None:
-    engine = Engine(_config(given, batch))
-    async with engine:
+    kv_bytes = None if given.kv is None else parse_size(given.kv, option="--kv")
+    fields: dict[str, Any] = {"max_running_sequences": batch, "streamed_blocks": 0}
+    if given.device == "sim":
+        fields["sim_gpu"] = given.gpu
+    async with Engine(engine_config(given, kv_bytes, **fields)) as engine:
         _check_room(given, engine, batch, context)
         freeze()
         async with aclosing(_Batch(engine, batch, context, given.seed)) as running:
@@ -319,45 +321,17 @@ def draw(figure: Any, points: Sequence[Point]) -> None:
     axes.legend()
 
 
-def _config(given: argparse.Namespace, batch: int) -> EngineConfig:
-    fields: dict[str, Any] = {
-        "model": given.model,
-        "device": given.device,
-        "load_format": "checkpoint" if given.device == "sim" else given.load_format,
-        "host_pool_bytes": parse_size(given.host_pool, option="--host-pool"),
-        "max_running_sequences": batch,
-        "streamed_blocks": 0,
-        "prefix_caching": False,
-    }
-    if given.device == "sim":
-        fields["sim_gpu"] = given.gpu
-    if given.kv is not None:
-        fields["device_kv_bytes"] = parse_size(given.kv, option="--kv")
-    fields |= dict(map(setting, given.set))
-    return EngineConfig(**fields)
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__, name="transparency")
+    parser.set_defaults(model="llama-3.1-8b", host_pool="4GiB")
     add = parser.add_argument
-    add("--model", default="llama-3.1-8b")
-    add("--device", default="cuda")
-    add("--load-format", default="random", help="sim: always checkpoint, it has no weights")
     add("--gpu", default="h200", help="of the bound, and what is simulated")
     add("--batch", type=int, nargs="+", default=[64])
     add("--context", type=int, nargs="+", default=[1024], help="as many as batches")
     add("--shares", type=float, nargs="+", default=list(SHARES))
     add("--iterations", type=int, default=40, help="of a window")
     add("--kv", help="device memory for KV; default: what the card has left")
-    add("--host-pool", default="4GiB")
-    add("--set", action="append", default=[], metavar="NAME=JSON", help="any engine option")
     add("--profile", action="store_true", help="say where the iterations' time goes")
-    add("--seed", type=int, default=0)
-    add("--name", default="transparency", help="of the files under --results")
-    add("--results", type=Path, default=RESULTS)
-    add("--plot-only", action="store_true", help="draw what --results holds")
     add_budget(parser)
     return parser
 

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import msgspec
 
 from pie_async.errors import EngineStopped, PieError, SequenceLost
-from pie_async.runtime.faults import AnyFault
+from pie_async.runtime.faults import AnyFault, CopyKind
 from pie_async.sampling_params import SamplingParams
 from pie_async.testing import (
     ActorRaises,
@@ -31,6 +31,13 @@ from pie_async.testing import (
 from tests.support.soak import BLOCK_TOKENS, GUIDE, SPARE_BLOCKS, Scenario
 
 Manner = Literal["reads", "is slow", "cancels", "cancels by name", "vanishes", "never reads"]
+COPIES: tuple[tuple[CopyKind, ...], ...] = ((), (), ("stage",), ("promote",), ("demote",))
+DELAYS = ((CopySlow, 0.1), (KernelSlow, 0.1), (MailDelayed, 0.1), (ClockJump, 10.0))
+"""Kinds of faults, and the most seconds."""
+ENDS: tuple[type[ActorRaises | LostContext | StickyError | DeviceOutOfMemory], ...] = (
+    *(ActorRaises, ActorRaises),
+    *(LostContext, StickyError, DeviceOutOfMemory),
+)
 MANNERS: tuple[Manner, ...] = (
     *("reads", "reads", "reads"),
     *("is slow", "cancels", "cancels by name", "vanishes", "never reads"),
@@ -148,19 +155,19 @@ def _faults(seed: int) -> tuple[AnyFault, ...]:
     """Each kind in some of the seeds; drawn by themselves, so that they change nothing else."""
     dice = random.Random(f"faults {seed}")
     faults: list[AnyFault] = []
-    for kind in (CopyFailed, CopyCorrupted):
+    for loss in (CopyFailed, CopyCorrupted):
         if dice.random() < 0.3:
-            copies = dice.choice([(), (), ("stage",), ("promote",), ("demote",)])
+            copies = dice.choice(COPIES)
             often = dice.choice([0.01, 0.1, 0.3, 0.5])
-            faults.append(kind(probability=often, seed=seed, copies=copies))
-    for kind, most_s in ((CopySlow, 0.1), (KernelSlow, 0.1), (MailDelayed, 0.1), (ClockJump, 10.0)):
+            faults.append(loss(probability=often, seed=seed, copies=copies))
+    for delay, most_s in DELAYS:
         if dice.random() < 0.15:
             seconds = dice.choice([1e-3, 0.1, 1.0]) * most_s
-            faults.append(kind(probability=0.01, seed=seed, seconds=seconds))
+            faults.append(delay(probability=0.01, seed=seed, seconds=seconds))
     if dice.random() < 0.1:
-        kind = dice.choice([ActorRaises, ActorRaises, LostContext, StickyError, DeviceOutOfMemory])
-        most = 300 if kind is ActorRaises else 60
-        faults.append(kind(at=(dice.randrange(1, most),)))
+        end = dice.choice(ENDS)
+        most = 300 if end is ActorRaises else 60
+        faults.append(end(at=(dice.randrange(1, most),)))
     return tuple(faults)
 
 

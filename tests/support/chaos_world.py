@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from functools import partial
 from random import Random
 from typing import Any
 
@@ -27,12 +28,12 @@ def delay_mail(engine: Engine, chaos: Chaos) -> None:
         return
     assert engine._actors is not None
     for actor in engine._actors.supervisor._actors:
-        dice = chaos.dice(f"mail to {actor.name}")
-        LateMail(
-            actor.mailbox,
-            delay_s=lambda _, dice=dice: dice.expovariate(1 / chaos.mail_delay_s),
-            sender_of=sender_of,
-        )
+        delay_s = partial(_delay_s, chaos.dice(f"mail to {actor.name}"), chaos.mail_delay_s)
+        LateMail(actor.mailbox, delay_s=delay_s, sender_of=sender_of)
+
+
+def _delay_s(dice: Random, mean_s: float, message: Any) -> float:
+    return dice.expovariate(1 / mean_s)
 
 
 class UnevenCost:
