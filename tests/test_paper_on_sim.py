@@ -11,7 +11,9 @@ from pie_async.workload import LENGTH_MODELS, sample_lengths
 from scripts.paper import ablations, gpus, iterations, long_context, rates, throughput
 
 # Seconds long in virtual time; some of them need not fit, or nothing would be streamed.
-SMALL = ["--device", "sim", "--model", "llama-3.1-8b", "--context", "512", "--host-pool", "4GiB"]
+SMALL = ["--device", "sim", "--model", "llama-3.1-8b", "--host-pool", "4GiB"]
+SHORT = ["--context", "512"]
+"""Of loads; requests of one size have no such option."""
 
 pytestmark = pytest.mark.realtime  # each command brings its own loop
 
@@ -19,7 +21,8 @@ pytestmark = pytest.mark.realtime  # each command brings its own loop
 def run(script, folder, monkeypatch, *arguments):
     """The rows that a command leaves, the same in both files."""
     name = script.__name__.rpartition(".")[2]
-    monkeypatch.setattr("sys.argv", [name, *SMALL, *arguments, "--results", str(folder)])
+    context = [] if script is long_context else SHORT
+    monkeypatch.setattr("sys.argv", [name, *SMALL, *context, *arguments, "--results", str(folder)])
     script.main()
     found = json.loads((folder / f"{name}.json").read_text())
     with (folder / f"{name}.csv").open(newline="") as file:

@@ -42,22 +42,22 @@ MIX = [
 
 
 class Reader:
-    """Reads a stream in deltas and counts its tokens."""
+    """Reads a stream and counts its outputs."""
 
     def __init__(self) -> None:
-        self.num_tokens = 0
+        self.num_outputs = 0
         self.grew = asyncio.Event()
 
     async def read(self, engine, number: int, params: SamplingParams):
         last = None
         async for output in engine.generate(prompt(number), params):
-            self.num_tokens += 1
+            self.num_outputs += 1
             self.grew.set()
             last = output
         return last
 
-    async def wait_for(self, num_tokens: int) -> None:
-        while self.num_tokens < num_tokens:
+    async def wait_for(self, num_outputs: int) -> None:
+        while self.num_outputs < num_outputs:
             self.grew.clear()
             await self.grew.wait()
 
@@ -103,7 +103,7 @@ async def test_killed_again_and_again_under_eight_streams_no_token_is_wrong(engi
     )
     dice = random.Random(1)
     for _ in range(3):
-        await readers[0].wait_for(readers[0].num_tokens + dice.randint(3, 25))
+        await readers[0].wait_for(readers[0].num_outputs + dice.randint(3, 25))
         await asyncio.sleep(dice.uniform(0.0, 0.02))
         kill(engine)
         await until(lambda: not engine.is_accepting)
