@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import sys
-import types
-
 import pytest
-from support.fake_cuda_driver import FakeDriver
+from support.fake_cuda_driver import FakeDriver, assemble_with
 
 from pie_async.__main__ import main
 from pie_async.assembly import on_cpu, on_cuda
 from pie_async.cli.options import SETTINGS
-from pie_async.cuda import card_memory, errors
 
 pytestmark = pytest.mark.realtime  # the commands start loops of their own
 
@@ -26,12 +22,8 @@ def loads_nothing(monkeypatch):
     def load(*_: object) -> None:
         raise AssertionError("weights were loaded")
 
-    # The driver's own module needs cuda-python; what takes its place does not.
-    module = types.ModuleType("pie_async.cuda.driver")
-    module.Driver = lambda _: FakeDriver(links={1: "nvlink", 2: "none"}, neighbour_bytes=2**20)
-    monkeypatch.setitem(sys.modules, module.__name__, module)
-    monkeypatch.setattr(errors, "require_cuda", lambda _: None)
-    monkeypatch.setattr(card_memory, "SLACK_BYTES", 0)
+    driver = FakeDriver(links={1: "nvlink", 2: "none"}, neighbour_bytes=2**20)
+    assemble_with(driver, monkeypatch)
     monkeypatch.setattr(on_cpu, "load", load)
     monkeypatch.setattr(on_cuda, "load", load)
     for flag in SETTINGS.values():

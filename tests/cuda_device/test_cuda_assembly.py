@@ -7,11 +7,11 @@ import weakref
 from collections.abc import Callable
 
 import pytest
-from support.fake_cuda_driver import FakeDriver
+from support.fake_cuda_driver import FakeDriver, assemble_with
 
 from pie_async import EngineConfig
 from pie_async.assembly import assemble, on_cuda
-from pie_async.cuda import card_memory, errors
+from pie_async.cuda import card_memory
 from pie_async.cuda.device import CudaDevice
 from pie_async.cuda.errors import CudaFault
 from pie_async.cuda.plain_runner import PlainRunner
@@ -63,11 +63,8 @@ class FailingDriver(FakeDriver):
 @pytest.fixture
 def driver(monkeypatch) -> FailingDriver:
     """What assembly opens."""
-    module = pytest.importorskip("pie_async.cuda.driver")
     driver = FailingDriver()
-    monkeypatch.setattr(module, "Driver", lambda _: driver)
-    monkeypatch.setattr(errors, "require_cuda", lambda _: None)
-    monkeypatch.setattr(card_memory, "SLACK_BYTES", 0)
+    assemble_with(driver, monkeypatch)
     return driver
 
 

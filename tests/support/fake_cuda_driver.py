@@ -12,15 +12,28 @@ import ctypes
 import itertools
 import mmap
 import os
+import sys
 import threading
 import time
+import types
 from contextlib import contextmanager
 from queue import SimpleQueue
 
 import torch
 
+from pie_async.cuda import card_memory, errors
 from pie_async.cuda.errors import CudaFault
 from pie_async.device.aliased_arena import _libc, _map
+
+
+def assemble_with(driver: FakeDriver, monkeypatch) -> None:
+    """What assembly for the CUDA device opens from now on."""
+    # The driver's own module needs cuda-python; what takes its place does not.
+    module = types.ModuleType("pie_async.cuda.driver")
+    module.Driver = lambda _: driver
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setattr(errors, "require_cuda", lambda _: None)
+    monkeypatch.setattr(card_memory, "SLACK_BYTES", 0)
 
 
 class FakeRecord:
