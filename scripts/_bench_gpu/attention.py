@@ -91,14 +91,13 @@ def _replayed_s(work: Callable[[], None]) -> float:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         work()
-    times = [(_event(), _event()) for _ in range(_ROUNDS)]
+    times = [
+        (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
+        for _ in range(_ROUNDS)
+    ]
     for began, ended in times:
         began.record()
         graph.replay()
         ended.record()
     torch.cuda.synchronize()
     return statistics.median(float(began.elapsed_time(ended)) for began, ended in times) / 1e3
-
-
-def _event() -> torch.cuda.Event:
-    return torch.cuda.Event(enable_timing=True)

@@ -154,7 +154,7 @@ def _measure(
     copied_bytes = round(2 * WINDOW_S * LINK_BYTES_PER_S[way.source])
     alone_s, ratios, rates = [_window(driver, kernel, repeats)], [], []
     for _ in range(windows):
-        began, ended = _timed_event(), _timed_event()
+        began, ended = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         with driver.torch_on(stream):
             began.record()
         issued_bytes = _issue(driver, stream, source, ring, way, copied_bytes)
@@ -181,10 +181,6 @@ def _measure(
     )
 
 
-def _timed_event() -> torch.cuda.Event:
-    return torch.cuda.Event(enable_timing=True)
-
-
 def _between_s(began: torch.cuda.Event, ended: torch.cuda.Event) -> float:
     return float(began.elapsed_time(ended)) / 1e3
 
@@ -200,7 +196,7 @@ def _window(
     Raises:
         RuntimeError: they were done before.
     """
-    began, ended = _timed_event(), _timed_event()
+    began, ended = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     began.record()
     for _ in range(repeats):
         kernel.run()

@@ -145,7 +145,7 @@ async def measure_on(
     load = _Load(engine, fitting, _fill(engine, seed=seed), until)
     await load.run(limit_s)
     mean_streamed = streamed.stop()
-    spent = _spent(engine.stats(), before)
+    spent = spent_between(before, engine.stats())
     kv_bytes = before.device_blocks * before.block_bytes
     on_end(load.requests)
     iterations = max(1, spent.iterations)
@@ -296,7 +296,8 @@ def _steady(requests: Sequence[RequestTimes], asked_tokens: int | None) -> float
     return (last - first) / max(1e-9, times_s[last] - times_s[first])
 
 
-def _spent(last: EngineStats, first: EngineStats) -> EngineStats:
+def spent_between(first: EngineStats, last: EngineStats) -> EngineStats:
+    """What was done from one snapshot to a later one."""
     names = (
         "iterations", "compute_s", "stall_s", "h2d_bytes", "h2d_busy_s", "d2h_bytes",
         "prompt_tokens", "preemptions_parked", "preemptions_recomputed",

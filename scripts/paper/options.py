@@ -94,7 +94,7 @@ def engine_config(given: argparse.Namespace, kv_bytes: int | None, **fields: Any
     """The engine that the options ask for.
 
     Args:
-        kv_bytes: of the device's memory for KV; None: all that it has left.
+        kv_bytes: of the device's memory for KV; None: the engine's default.
         fields: engine options that the experiment sets; they win over --set.
     """
     asked: dict[str, Any] = {

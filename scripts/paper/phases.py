@@ -5,15 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Sequence
-from typing import Any
 
 import msgspec
 
 from pie_async import Engine
 from pie_async.cli.load import EngineTarget, Prompts, clock_of
-from pie_async.metrics import EngineStats
 from pie_async.workload import LengthModel, WorkItem, arrive_at_rate, sample_lengths
-from scripts.paper.load import FIRST_TOKEN
+from scripts.paper.load import FIRST_TOKEN, spent_between
 
 SHORT = LengthModel(prompt_mean=160.0, prompt_spread=0.5, output_mean=200.0, output_spread=0.3)
 LONG_PROMPTS = LengthModel(
@@ -210,14 +208,13 @@ class _Watch:
             block_s += self._last.streamed_blocks * (now_s - self._last_s)
             self._last, self._last_s = self._engine.stats(), now_s
         self._own_tokens = self._clients.own_tokens
+        spent = spent_between(first, self._last)
         return Seen(
             seconds=self._last_s - first_s,
             own_tokens=self._own_tokens - before,
             streamed_block_s=block_s,
-            **_difference(self._last, first),
+            iterations=spent.iterations,
+            compute_s=spent.compute_s,
+            stall_s=spent.stall_s,
+            h2d_busy_s=spent.h2d_busy_s,
         )
-
-
-def _difference(last: EngineStats, first: EngineStats) -> dict[str, Any]:
-    names = ("iterations", "compute_s", "stall_s", "h2d_busy_s")
-    return {name: getattr(last, name) - getattr(first, name) for name in names}

@@ -28,6 +28,7 @@ from pie_async.metrics import EngineStats
 from pie_async.request_stream import RequestStream
 from scripts._bench_gpu.breakdown import Breakdown, profiled
 from scripts._bench_gpu.host_time import HostTime
+from scripts.paper.load import spent_between
 from scripts.paper.options import Budget, add_budget, engine_config, loop_of, parser_of
 from scripts.paper.progress import Progress
 from scripts.paper.results import Results, freeze, replot, thaw
@@ -262,7 +263,7 @@ class _Batch:
         self._check_all_run()
         return Window(
             statistics.median(gaps_s),
-            _difference(self.engine.stats(), first),
+            spent_between(first, self.engine.stats()),
             last_s - began_s,
             host.by_thread_s().get("pie-launch", 0.0),
         )
@@ -290,11 +291,6 @@ async def _profile(running: _Batch, what: str) -> None:
         f"{name} {1e6 * seconds / PROFILED_ITERATIONS:.0f} us" for name, seconds in parts.items()
     )
     print(f"profiled, {what}: {', '.join(told)}", flush=True)
-
-
-def _difference(last: EngineStats, first: EngineStats) -> EngineStats:
-    names = ("iterations", "compute_s", "stall_s", "h2d_bytes", "h2d_busy_s")
-    return EngineStats(**{name: getattr(last, name) - getattr(first, name) for name in names})
 
 
 def draw(figure: Any, points: Sequence[Point]) -> None:
